@@ -1,0 +1,70 @@
+# Needs Python 3.11 or newer and make; everything else goes into .venv. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/complete
+PIP := $(PY) -m pip --disable-pip-version-check
+FILE ?=
+PORT ?= 8000
+
+.DEFAULT_GOAL := help
+.PHONY: help env book html serve refresh records sweep test test-long bench clean
+
+help: ## list the targets
+	@echo "Targets (the first one you want is 'make book'):"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+
+# .venv counts as made only when its stamp names this folder and these lists of packages: an interrupted
+# run leaves no stamp, a moved checkout another folder, an edited list another sum.
+env: ## make the environment in .venv from constraints.txt
+	@set -e; \
+	want="$(CURDIR)|$$(cat constraints.txt pyproject.toml | cksum)"; \
+	have="$$(cat $(STAMP) 2>/dev/null || true)"; \
+	if [ "$$have" = "$$want" ] && $(PY) -c '' 2>/dev/null; then exit 0; fi; \
+	command -v $(PYTHON) >/dev/null 2>&1 || { \
+	  echo "$(PYTHON) was not found: install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "$(PYTHON) is too old ($$($(PYTHON) --version 2>&1)): Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3" >&2; exit 1; }; \
+	$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "$(PYTHON) has no venv module: install it (on Debian and Ubuntu: apt install python3-venv) and run make again." >&2; exit 1; }; \
+	if [ -e $(VENV) ] && { [ "$${have%%|*}" != "$(CURDIR)" ] || ! $(PY) -c '' 2>/dev/null; }; then \
+	  echo "The environment in $(VENV) is half-made or of another folder: making it again."; rm -rf $(VENV); fi; \
+	rm -f $(STAMP); \
+	echo "Installing the packages of constraints.txt into $(VENV) (minutes and gigabytes the first time) ..."; \
+	[ -e $(VENV) ] || $(PYTHON) -m venv $(VENV); \
+	{ $(PIP) install --quiet --no-input --only-binary=:all: -r constraints.txt \
+	  && $(PIP) install --quiet --no-input --no-deps --no-build-isolation -e .; } || { \
+	  echo "The packages could not be installed (pip says why above): mend that and run make again." >&2; exit 1; }; \
+	printf '%s\n' "$$want" > $(STAMP)
+
+book: env ## run every chapter at its quick profile and render the book
+	@$(PY) book/make.py book
+
+html: env ## render the book from the committed outputs, running nothing
+	@$(PY) book/make.py html
+
+serve: env ## show the rendered book in a browser (PORT=8000)
+	@$(PY) book/make.py serve --port $(PORT)
+
+refresh: env ## re-run the chapters whose code changed and store their outputs (ALL=1 for every chapter)
+	@$(PY) book/make.py refresh $(if $(ALL),--all)
+
+records: env ## record the quick profile of every chapter again, seeds 0 to 4
+	@$(PY) book/make.py records
+
+sweep: env ## run a sweep: make sweep FILE=book/experiments/NAME.yaml
+	@test -n "$(FILE)" || { echo "Name the sweep: make sweep FILE=book/experiments/NAME.yaml" >&2; exit 2; }
+	@$(PY) -m deepclust_nb.sweep $(FILE)
+
+test: env ## check everything: style, units, chapters, a run with other parameters, the pages
+	@$(PY) book/make.py test
+
+test-long: env ## the tests that need many minutes or full data sets
+	@$(PY) -m pytest tests -m long
+
+bench: env ## measure the training step against this machine's matrix product
+	@$(PY) -m pytest tests/benchmarks -s
+
+clean: ## remove what was built; the environment stays
+	@rm -rf _build dist .ruff_cache .pytest_cache

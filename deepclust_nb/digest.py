@@ -1,0 +1,156 @@
+"""Which code a number comes from: digests of syntax trees, so that comments and docstrings never age a
+record.
+
+Two digests per chapter: `code_digest` for what decides the numbers, `shown_digest` for what the stored
+outputs of its notebook depend on. Code counts when the chapter's cells reach it by name; this may take in a
+definition too many (any attribute of the same name does it), never one too few.
+
+This module runs no chapter code.
+"""
+
+import ast
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from . import data
+
+COMPUTING = ("data", "metrics", "networks", "training", "baselines")
+DISPLAYING = (*COMPUTING, "plots", "results")
+
+
+def root():
+    """The folder that holds the package: the checkout, or site-packages once installed."""
+    return Path(__file__).resolve().parents[1]
+
+
+def chapter_file(chapter):
+    """Where a chapter's notebook lies in a checkout; the file need not exist."""
+    return root() / "book" / "chapters" / f"{chapter}.ipynb"
+
+
+def canonical(value):
+    """JSON text with sorted keys and no spaces, the same for equal values; NumPy scalars become Python's."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=lambda scalar: scalar.item()
+    )
+
+
+def sha256(value):
+    """SHA-256 of a value's canonical JSON: 64 hexadecimal digits."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def code_digest(chapter):
+    """Digest of the code that decides a chapter's numbers.
+
+    Hashed are the syntax trees, without comments and docstrings, of the chapter's `definition` and `run`
+    cells and of the top-level definitions of the computing modules (data, metrics, networks, training,
+    baselines) that those cells reach by name, directly or through one another. A definition that no cell
+    reaches does not count.
+
+    Returns: 64 hexadecimal digits, the same on every Python version and machine.
+    Raises: FileNotFoundError when the checkout has no such chapter; SyntaxError for a cell that does not
+    parse.
+    """
+    return _digest(_statements(chapter, {"definition", "run"}), COMPUTING)
+
+
+def shown_digest(chapter):
+    """Digest of all that a notebook's stored outputs depend on: its code cells, the definitions they reach in
+    the helper (sweep left out), the papers' numbers, and the records of the chapter and of every chapter it
+    names (all records for a chapter that has none of its own).
+
+    Returns: 64 hexadecimal digits.
+    Raises: as `code_digest`.
+    """
+    statements = _statements(chapter, None)
+    named = {node.value for top in statements for node in ast.walk(top) if isinstance(node, ast.Constant)}
+    records, papers = data.data_root() / "records", data.data_root() / "papers"
+    every = not (records / chapter).is_dir()
+    files = [path for path in papers.glob("*.csv")]
+    for path in records.rglob("*.json"):
+        if every or path.relative_to(records).parts[0] in {chapter, *named}:
+            files.append(path)
+    contents = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in sorted(files)]
+    return _digest(statements, DISPLAYING, contents)
+
+
+def write_digest(chapter):
+    """Store the chapter's code digest beside its records, for copies of these without the chapters."""
+    write_atomic(data.data_root() / "records" / chapter / "digest.txt", code_digest(chapter) + "\n")
+
+
+def digest_of_today(chapter):
+    """The chapter's code digest; where there is no chapter, as in the wheel, the stored one, or None."""
+    if chapter_file(chapter).is_file():
+        return code_digest(chapter)
+    stored = data.data_root() / "records" / chapter / "digest.txt"
+    return stored.read_text(encoding="utf-8").strip() if stored.is_file() else None
+
+
+def write_atomic(path, text):
+    """Write text so that neither a reader nor a killed writer meets half a file; folders are made at need."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _digest(statements, modules, more=()):
+    names = {name for statement in statements for name in _identifiers(statement)}
+    definitions, reached, size = [x for module in modules for x in _definitions(module)], {}, -1
+    while len(reached) > size:
+        size = len(reached)
+        for module, name, node in definitions:
+            if name in names and (module, name) not in reached:
+                reached[module, name] = _tree(node)
+                names |= _identifiers(node)
+    return sha256([_tree(statements), sorted([*key, tree] for key, tree in reached.items()), list(more)])
+
+
+def _statements(chapter, tags):
+    path = chapter_file(chapter)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no chapter {chapter!r} in {path.parent}")
+    statements = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code" and (tags is None or tags & set(cell["metadata"].get("tags", []))):
+            lines = "".join(cell["source"]).splitlines()
+            statements += ast.parse("\n".join(x for x in lines if not x.lstrip().startswith(("%", "!")))).body
+    return statements
+
+
+def _definitions(module):
+    for node in ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield module, node.name, node
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for name in [x for target in targets for x in ast.walk(target) if isinstance(x, ast.Name)]:
+                yield module, name.id, node
+
+
+def _identifiers(tree):
+    names = set()
+    for node in ast.walk(tree):
+        names |= {getattr(node, "id", None), getattr(node, "attr", None)}
+        if isinstance(node, ast.alias):
+            names |= set(node.name.split("."))
+    return names - {None}
+
+
+def _tree(node):
+    # Not ast.dump: its text differs between Python versions, and a new interpreter must not age a record.
+    if isinstance(node, list):
+        return [_tree(child) for child in node if not _is_text(child)]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
+    left_out = ("ctx", "kind", "type_comment")
+    return [type(node).__name__, *([name, _tree(value)] for name, value in fields if name not in left_out)]
+
+
+def _is_text(node):
+    return isinstance(getattr(node, "value", None), ast.Constant) and isinstance(node, ast.Expr)

@@ -1,0 +1,770 @@
+"""The rules of the house: what holds for every file, page, chapter and record, whoever wrote it.
+
+Each rule is a function that returns the list of what breaks it. The repository must give an empty list, and a
+planted case beside it shows that the rule can be broken.
+"""
+
+import ast
+import builtins
+import csv
+import importlib
+import json
+import re
+import shutil
+import stat
+import statistics
+import subprocess
+import symtable
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "book"))
+CHAPTERS = sorted((ROOT / "book" / "chapters").glob("*.ipynb"))
+PAGES = [ROOT / "book" / "intro.md", *sorted((ROOT / "book" / "guide").glob("*.md"))]
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
+CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+MIB = 2**20
+
+each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def tags(cell):
+    return cell["metadata"].get("tags", [])
+
+
+def cells(notebook, kind):
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+
+def code_of(cell):
+    """A code cell's source without IPython's magic lines."""
+    return "\n".join("" if re.match(r"\s*[%!]", line) else line for line in source(cell).splitlines())
+
+
+def chapter(*parts):
+    """A notebook as read from a file, of (kind, source, tags) or (kind, source)."""
+    made = [
+        {
+            "cell_type": part[0],
+            "source": part[1],
+            "metadata": {"tags": part[2] if len(part) > 2 else []},
+            "outputs": [],
+            "execution_count": None,
+            "id": f"c{number}",
+        }
+        for number, part in enumerate(parts)
+    ]
+    return {"cells": made, "metadata": {}}
+
+
+def tracked():
+    """Files that are in the repository, or would be after `git add`."""
+    done = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    return [ROOT / name for name in done.stdout.decode().split("\0") if name and (ROOT / name).is_file()]
+
+
+# ---------------------------------------------------------------- the repository's address
+
+
+def wrong_addresses(text, slug, path=None):
+    """Addresses of this repository in `text` that differ from _config.yml, or do not open `path`."""
+    problems = []
+    for match in re.finditer(r"github(?:\.com|usercontent\.com)?/([\w.-]+/deepclust[\w-]*)", text):
+        if match[1] != slug:
+            problems.append(f"{match[0]} is not the repository {slug}")
+    for match in re.finditer(
+        r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/([^\s)\"'>]+)", text
+    ):
+        if match[1] != slug:
+            problems.append(f"{match[0]} is not the repository {slug}")
+        if path and match[2] != f"{CONFIG['repository']['branch']}/{path}":
+            problems.append(f"{match[0]} does not open {path}")
+    return problems
+
+
+SLUG = CONFIG["repository"]["url"].removeprefix("https://github.com/")
+
+
+def test_addresses_are_those_of_the_config():
+    problems = []
+    for path in tracked():
+        if path.suffix in (".md", ".cff", ".toml", ".py", ".yml", ".yaml", ".bib", ".ipynb"):
+            relative = path.relative_to(ROOT).as_posix()
+            # this file holds planted ones
+            if relative != "tests/test_house.py":
+                text = path.read_text(encoding="utf-8")
+                problems += wrong_addresses(text, SLUG, relative if path.suffix == ".ipynb" else None)
+    assert not problems
+
+
+def test_a_wrong_address_is_found():
+    good = f"https://colab.research.google.com/github/{SLUG}/blob/main/book/chapters/a.ipynb"
+    assert not wrong_addresses(good, SLUG, "book/chapters/a.ipynb")
+    assert wrong_addresses(good, SLUG, "book/chapters/b.ipynb")
+    assert wrong_addresses(good, "someone/deepclust-nb", "book/chapters/a.ipynb")
+    assert wrong_addresses("pip install git+https://github.com/other/deepclust-nb", SLUG)
+
+
+@each_chapter
+def test_a_chapter_links_to_itself_in_colab(path):
+    link = f"colab.research.google.com/github/{SLUG}/blob/main/book/chapters/{path.name}"
+    assert any(link in source(cell) for cell in cells(read(path), "markdown"))
+
+
+# ---------------------------------------------------------------- environments and packaging
+
+
+def requirement(text):
+    packaging = importlib.import_module("packaging.requirements")
+    return packaging.Requirement(text)
+
+
+def canonical(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def extra(name):
+    """The requirements of an extra, those that it takes from other extras included."""
+    found = []
+    for text in PROJECT["optional-dependencies"][name]:
+        wanted = requirement(text)
+        if canonical(wanted.name) == PROJECT["name"]:
+            found += [item for inner in sorted(wanted.extras) for item in extra(inner)]
+        else:
+            found.append(wanted)
+    return found
+
+
+def constraints():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return {canonical(line.split("==")[0]): line.split("==")[1] for line in lines if line and line[0] != "#"}
+
+
+def test_constraints_are_exact_and_cover_everything():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines if not line.startswith("#"))
+    exact = constraints()
+    wanted = [requirement(text) for text in PROJECT["dependencies"]] + extra("dev")
+    missing = [str(item) for item in wanted if canonical(item.name) not in exact]
+    refused = [str(item) for item in wanted if exact.get(canonical(item.name)) not in (None,)]
+    refused = [
+        text
+        for text in refused
+        if not requirement(text).specifier.contains(exact[canonical(requirement(text).name)])
+    ]
+    assert not missing and not refused
+
+
+def test_conda_people_get_the_same():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    assert environment["name"] == PROJECT["name"]
+    *conda, pip = environment["dependencies"]
+    assert conda == [f"python{PROJECT['requires-python']}", "pip"]
+    assert pip == {"pip": ["--constraint constraints.txt", "--editable .[dev]"]}
+    assert "dev" in PROJECT["optional-dependencies"]
+
+
+def test_one_version_and_one_oldest_python():
+    package = importlib.import_module("deepclust_nb")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert package.__version__ == PROJECT["version"] == str(citation["version"])
+    oldest = PROJECT["requires-python"].removeprefix(">=")
+    assert f"({oldest.replace('.', ', ')})" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    workflow = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8"))
+    assert oldest in workflow["jobs"]["test"]["strategy"]["matrix"]["python"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The built wheel, from a copy, so that the checkout stays as it is."""
+    copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("wheel")
+    for name in ("deepclust_nb", "data", "pyproject.toml", "README.md", "LICENSE"):
+        path = ROOT / name
+        if path.is_dir():
+            shutil.copytree(path, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(path, copy)
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
+    subprocess.run(command, cwd=copy, check=True, capture_output=True)
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_carries_images_papers_and_records(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for path in tracked():
+        relative = path.relative_to(ROOT).as_posix()
+        if relative.startswith(("data/bundled/", "data/papers/", "data/records/")) and path.suffix != ".py":
+            assert f"deepclust_nb/_data/{relative.removeprefix('data/')}" in names
+        if relative.startswith("deepclust_nb/"):
+            assert relative in names
+    assert not [name for name in names if "__pycache__" in name or name.endswith("build.py")]
+
+
+def test_a_lone_chapter_runs_from_the_wheel(wheel, tmp_path):
+    """An empty folder, the wheel's content, and no package that only the project's tools need."""
+    nbclient, nbformat = importlib.import_module("nbclient"), importlib.import_module("nbformat")
+    site, folder = tmp_path / "site", tmp_path / "empty"
+    folder.mkdir()
+    zipfile.ZipFile(wheel).extractall(site)
+    absent = [
+        "papermill",
+        "pooch",
+        "nbformat",
+        "nbclient",
+        "yaml",
+        "myst_nb",
+        "jupyter_book",
+        "pytest",
+        "nbval",
+    ]
+    (site / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {absent}:\n"
+        "            raise ModuleNotFoundError('No module named ' + repr(name), name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n",
+        encoding="utf-8",
+    )
+    path = ROOT / "book" / "chapters" / "foundations.ipynb"
+    notebook = nbformat.read(shutil.copy(path, folder), as_version=4)
+    where = "import deepclust_nb, sys\nassert deepclust_nb.__file__.startswith(%r), deepclust_nb.__file__"
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(where % str(site)))
+    environment = {
+        "PYTHONPATH": str(site),
+        "OMP_NUM_THREADS": "1",
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+    }
+    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
+    client.execute(env=environment)
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def too_large(path, size):
+    return size > (0.8 * MIB if path.suffix == ".ipynb" else 20 * MIB)
+
+
+def test_files_are_small():
+    assert not [str(path.relative_to(ROOT)) for path in tracked() if too_large(path, path.stat().st_size)]
+    assert too_large(Path("a.ipynb"), 900_000) and too_large(Path("a.npz"), 21 * MIB)
+
+
+def lines_without_docstrings(text):
+    """How many lines a module has, docstrings and the blank lines of the formatter not counted."""
+    docstrings = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            if ast.get_docstring(node) is not None:
+                docstrings.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(1 for number, line in lines if line.strip() and number not in docstrings)
+
+
+def test_the_helper_is_thin():
+    sizes = {
+        path.name: lines_without_docstrings(path.read_text(encoding="utf-8"))
+        for path in (ROOT / "deepclust_nb").rglob("*.py")
+    }
+    assert {name: size for name, size in sizes.items() if size > 300} == {}
+    assert sum(sizes.values()) <= 1500
+    text = '"""One\ntwo."""\nx = 1\n\n\ndef f():\n    """Three."""\n    # why\n    return x\n'
+    assert lines_without_docstrings(text) == 4
+
+
+def test_arrows_point_one_way():
+    """The helper imports no chapter, test or tool of the book, and at its top only what a chapter has."""
+    allowed = {canonical(requirement(text).name) for text in PROJECT["dependencies"]} | {"sklearn", "ipython"}
+    allowed |= {canonical(name) for name in sys.stdlib_module_names} | {"deepclust-nb"}
+    problems = []
+    for path in (ROOT / "deepclust_nb").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        inner = {node for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            for name in (name.split(".")[0] for name in names):
+                late = node in inner and name not in (
+                    "book",
+                    "tests",
+                    "make",
+                    "generated",
+                    "refresh",
+                    "running",
+                )
+                if canonical(name) not in allowed and not late:
+                    problems.append(f"{path.name} imports {name}")
+    assert not problems
+
+
+# ---------------------------------------------------------------- chapters
+
+
+def test_every_chapter_is_in_the_table_of_contents():
+    running = importlib.import_module("running")
+    assert sorted(running.chapters()) == [path.stem for path in CHAPTERS]
+    assert CHAPTERS
+
+
+def cell_lengths(notebook):
+    """Lines of code in each code cell, without blank lines, comments and magics."""
+    lines = [[line.strip() for line in source(cell).splitlines()] for cell in cells(notebook, "code")]
+    return [sum(1 for line in cell if line and line[0] not in "#%!") for cell in lines]
+
+
+@each_chapter
+def test_cells_are_short(path):
+    lengths = sorted(cell_lengths(read(path)))
+    assert statistics.median(lengths) <= 8
+    assert lengths[max(0, -(-9 * len(lengths) // 10) - 1)] <= 25
+    assert lengths[-1] <= 40
+
+
+def wrong_definitions(notebook):
+    """What a chapter's `definition` cells hold beside imports, functions, classes and constants, or read."""
+    problems, trees = [], []
+    for cell in cells(notebook, "code"):
+        if "definition" in tags(cell):
+            trees.append(ast.parse(code_of(cell)))
+    defined = set(dir(builtins)) | {"__name__", "__file__"}
+    for tree in trees:
+        for node in tree.body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                defined |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                defined.add(node.name)
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                defined |= {x.id for target in targets for x in ast.walk(target) if isinstance(x, ast.Name)}
+                if any(isinstance(x, ast.Call) for x in ast.walk(node)):
+                    problems.append(f"a call at the top level: {ast.unparse(node)[:60]}")
+            elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+                problems.append(f"neither import, function, class nor constant: {ast.unparse(node)[:60]}")
+    for tree in trees:
+        stack = [symtable.symtable(ast.unparse(tree), "cell", "exec")]
+        while stack:
+            table = stack.pop()
+            stack += table.get_children()
+            for symbol in table.get_symbols():
+                is_global = symbol.is_global() or table.get_type() == "module"
+                if is_global and symbol.is_referenced() and symbol.get_name() not in defined:
+                    problems.append(f"{table.get_name()} reads the global {symbol.get_name()}")
+    return problems
+
+
+def wrong_tags(notebook):
+    """What is wrong with a chapter's tags, ids and stored outputs."""
+    code, problems = cells(notebook, "code"), []
+    count = sum("parameters" in tags(cell) for cell in code)
+    if count != 1:
+        problems.append(f"{count} cells are tagged parameters, not 1")
+    problems += [
+        f"no cell is tagged {tag}" for tag in ("definition", "run") if not any(tag in tags(c) for c in code)
+    ]
+    known = {"parameters", "definition", "run", "nbval-check-output", "nbval-ignore-output", "nbval-skip"}
+    known |= {
+        "hide-input",
+        "hide-output",
+        "hide-cell",
+        "remove-cell",
+        "remove-input",
+        "raises-exception",
+        "solution",
+    }
+    for cell in notebook["cells"]:
+        problems += [f"cell {cell['id']} has the unknown tag {tag}" for tag in set(tags(cell)) - known]
+    for cell in code:
+        if "nbval-check-output" in tags(cell) and not (cell["outputs"] and cell["execution_count"]):
+            problems.append(f"checked cell {cell['id']} has no stored output, so nothing would be compared")
+    ids = [cell["id"] for cell in notebook["cells"]]
+    problems += [f"the id {name} is used twice" for name in {name for name in ids if ids.count(name) > 1}]
+    return problems
+
+
+@each_chapter
+def test_tags_keep_their_promises(path):
+    assert not wrong_tags(read(path)) + wrong_definitions(read(path))
+
+
+def test_broken_tags_are_found():
+    good = [
+        ("code", "a = 1", ["parameters"]),
+        ("code", "import math", ["definition"]),
+        ("code", "a", ["run"]),
+    ]
+    assert not wrong_tags(chapter(*good))
+    assert wrong_tags(chapter(*good, good[0]))
+    assert wrong_tags(chapter(*good[:2]))
+    assert wrong_tags(chapter(*good, ("code", "1", ["definitions"])))
+    assert wrong_tags(chapter(*good, ("code", "print(1)", ["nbval-check-output"])))
+    definitions = [
+        "import math\nC = 2.0\n\ndef f(x, *, k=C):\n    y = math.sqrt(x)\n    return [y * k for z in ()]",
+        "class A:\n    b = 1\n\n    def g(self):\n        return f(self.b)",
+    ]
+    assert not wrong_definitions(chapter(*[("code", text, ["definition"]) for text in definitions]))
+    for planted in (
+        "def f(x):\n    return x + seed",
+        "print(1)",
+        "model = dict(a=1)",
+        "for i in range(2):\n    pass",
+    ):
+        assert wrong_definitions(chapter(("code", planted, ["definition"]))), planted
+
+
+def wrong_outputs(notebook):
+    """Stored outputs that show this machine, warnings, or a picture without words."""
+    problems = []
+    for cell in cells(notebook, "code"):
+        for output in cell["outputs"]:
+            name = f"cell {cell['id']}"
+            if output.get("name") == "stderr":
+                problems.append(f"{name} stores what was written to stderr")
+            if output["output_type"] == "error" and "raises-exception" not in tags(cell):
+                problems.append(f"{name} stores an error")
+            data = output.get("data", {})
+            if any(key.startswith("image/") for key in data):
+                problems.append(f"{name} shows a bare picture: plots.show(fig, alt) gives it a text")
+            texts = [output.get("text", ""), data.get("text/plain", ""), data.get("text/html", "")]
+            text = "\n".join("".join(item) for item in texts)
+            for image in re.findall(r"<img\b[^>]*>", text):
+                if not re.search(r"""\balt=(["'])(?=\s*\S)(?!\1)""", image):
+                    problems.append(f"{name} shows a picture without alternative text")
+            bare = re.sub(r"data:[\w/;+-]+base64,[\w+/=\s]*", "", text)
+            if re.search(r"(?<![\w.:/])/(?:home|root|tmp|Users|work|opt)/\w", bare):
+                problems.append(f"{name} stores a path of the machine it ran on")
+    for cell in cells(notebook, "markdown"):
+        if re.search(r"!\[\s*\]\(", source(cell)):
+            problems.append(f"cell {cell['id']} shows a picture without alternative text")
+        if re.search(r"^(```|:::)\{|\{[a-z:]+\}`", source(cell), re.M):
+            problems.append(f"cell {cell['id']} uses a directive or role that Colab cannot show")
+    return problems
+
+
+@each_chapter
+def test_outputs_are_fit_to_be_stored(path):
+    assert not wrong_outputs(read(path))
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        {"output_type": "stream", "name": "stderr", "text": ["a warning"]},
+        {"output_type": "error", "ename": "E", "evalue": "", "traceback": []},
+        {"output_type": "display_data", "data": {"image/png": "AAAA", "text/plain": "<Figure>"}},
+        {"output_type": "display_data", "data": {"text/html": '<img src="data:image/png;base64,AA==">'}},
+        {
+            "output_type": "display_data",
+            "data": {"text/html": '<img alt="" src="data:image/png;base64,AA==">'},
+        },
+        {"output_type": "stream", "name": "stdout", "text": ["saved to /tmp/x/model.pt"]},
+    ],
+)
+def test_unfit_outputs_are_found(output):
+    notebook = chapter(("code", "1"))
+    notebook["cells"][0]["outputs"] = [output]
+    assert wrong_outputs(notebook)
+
+
+def test_fit_outputs_and_unfit_text():
+    notebook = chapter(("code", "1"), ("markdown", "A [link](a.md) and ![words](a.png)"))
+    html = '<img src="data:image/png;base64,A/tmp/A==" alt="three curves" style="max-width:100%">'
+    notebook["cells"][0]["outputs"] = [{"output_type": "display_data", "data": {"text/html": html}}]
+    assert not wrong_outputs(notebook)
+    assert wrong_outputs(chapter(("markdown", "![](a.png)")))
+    assert wrong_outputs(chapter(("markdown", "see {ref}`there`")))
+
+
+@each_chapter
+def test_stored_outputs_are_of_current_code(path):
+    results = importlib.import_module("deepclust_nb.results")
+    stored = read(path)["metadata"].get("deepclust", {}).get("shown")
+    assert stored == results.shown_digest(path.stem), "code or records changed since: run `make refresh`"
+    digest = ROOT / "data" / "records" / path.stem / "digest.txt"
+    assert digest.read_text(encoding="utf-8").strip() == results.code_digest(path.stem), "run `make refresh`"
+
+
+# ---------------------------------------------------------------- numbers and links in the text
+
+
+def facts():
+    with open(ROOT / "data" / "papers" / "facts.csv", encoding="utf-8", newline="") as file:
+        return {float(row["value"]) for row in csv.DictReader(file)}
+
+
+# Not results: versions of Python, and places in a paper.
+NOT_A_RESULT = (
+    r"(?:Python|section|sections|§|eqs?\.|equations?|figures?|fig\.|tables?|arXiv:?|version)\s*\(?$"
+)
+
+
+def typed_numbers(text, known=()):
+    """Decimals and percentages typed in Markdown outside mathematics, code, generated text and references."""
+    text = re.split(r"^#+\s*References\s*$", text, maxsplit=1, flags=re.M)[0]
+    for pattern in (
+        r"<!-- generated: \w+ -->.*?<!-- end generated -->",
+        r"<!--.*?-->",
+        r"^(`{3,}|~{3,}).*?^\1",
+        r"`[^`]*`",
+        r"\$\$.*?\$\$",
+        r"\$[^$]+\$",
+        r"\]\([^)]*\)",
+        r"<[^>]*>",
+        r"https?://\S+",
+    ):
+        text = re.sub(pattern, " ", text, flags=re.S | re.M)
+    found = []
+    for match in re.finditer(r"(?<![\w.])(\d+(?:\.\d+)?)(\s?%|\s?per ?cent)?(?![\w]|\.\d)", text):
+        if "." not in match[1] and not match[2]:
+            continue
+        value = float(match[1])
+        here = text[max(0, match.start() - 20) : match.start()]
+        listed = any(abs(value - v) < 1e-9 or abs(value - 100 * v) < 1e-9 for v in known)
+        if not listed and not re.search(NOT_A_RESULT, here, re.I):
+            found.append(match[0])
+    return found
+
+
+@pytest.mark.parametrize("path", TEXTS + CHAPTERS, ids=lambda path: path.name)
+def test_numbers_are_generated_or_listed(path):
+    if path.suffix == ".ipynb":
+        text = "\n\n".join(source(cell) for cell in cells(read(path), "markdown"))
+    else:
+        text = path.read_text(encoding="utf-8")
+    assert not typed_numbers(text, facts())
+
+
+def test_typed_numbers_are_found():
+    assert typed_numbers("ACC rose to 0.912 and by 5 %, then 12%.") == ["0.912", "5 %", "12%"]
+    assert not typed_numbers("by 0.843, which is 84.3 %", known=[0.843])
+    assert not typed_numbers("`0.5` and $0.5$ in Python 3.11, section 3.2, 5,000 images\n\n```\n0.1\n```\n")
+    assert not typed_numbers("text\n\n## References\n\nA 2016, 0.5")
+
+
+def broken_links(text, folder):
+    """Links and pictures in Markdown that name no file."""
+    text = re.sub(r"^(`{3,}).*?^\1|`[^`\n]*`", "", text, flags=re.S | re.M)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    targets = [target.split("#")[0] for target in targets if not re.match(r"[a-z]+:|#", target)]
+    return [target for target in targets if not (folder / target).exists()]
+
+
+@pytest.mark.parametrize("path", TEXTS + CHAPTERS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        text = "\n\n".join(source(cell) for cell in cells(read(path), "markdown"))
+    assert not broken_links(text, path.parent)
+    assert broken_links("[a](no/such/page.md)", path.parent)
+
+
+# ---------------------------------------------------------------- records, generated text, pages
+
+
+def wrong_records(path, content):
+    """What is wrong with one records file: hashes of bodies, and a name that tells something else."""
+    results = importlib.import_module("deepclust_nb.results")
+    problems, records = [], content["records"]
+    for record in records:
+        if results.body_hash(record) != record["sha256"]:
+            problems.append(f"{record['method']}: the body does not match its hash")
+        place = f"{record['chapter']}/{record['dataset']}/{record['profile']}/{record['seed']}-"
+        if not path.as_posix().startswith(place):
+            problems.append(f"{record['method']}: the file is not at {place}...")
+    return problems if records else ["no records"]
+
+
+def test_records_are_whole():
+    folder = ROOT / "data" / "records"
+    problems = {
+        str(path): wrong
+        for path in folder.rglob("*.json")
+        if (wrong := wrong_records(path.relative_to(folder), read(path)))
+    }
+    assert not problems
+
+
+def test_a_changed_record_is_found():
+    results = importlib.import_module("deepclust_nb.results")
+    record = {"chapter": "a", "dataset": "b", "profile": "quick", "seed": 0, "method": "m", "acc": 0.5}
+    record["sha256"] = results.body_hash(record)
+    assert not wrong_records(Path("a/b/quick/0-abc.json"), {"records": [record]})
+    assert wrong_records(Path("a/b/quick/1-abc.json"), {"records": [record]})
+    assert wrong_records(Path("a/b/quick/0-abc.json"), {"records": [{**record, "acc": 0.6}]})
+
+
+def test_the_readme_shows_the_records():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    filled = importlib.import_module("generated").fill(text, "book/")
+    assert text == filled, "run `make refresh`"
+
+
+def test_tables_mark_older_code(monkeypatch):
+    generated, results = importlib.import_module("generated"), importlib.import_module("deepclust_nb.results")
+    record = {"chapter": "foundations", "dataset": "mnist", "profile": "laptop", "method": "DEC", "seed": 0}
+    record |= {"acc": 0.5, "nmi": 0.25, "current": True}
+    monkeypatch.setattr(generated, "chapters", lambda: ["foundations"])
+    monkeypatch.setattr(results, "paper", lambda chapter: [])
+    for current in (True, False):
+        found = [record, {**record, "seed": 1, "acc": 0.7, "current": current}]
+        monkeypatch.setattr(results, "load", lambda found=found, **wanted: found)
+        table = generated.status_table()
+        assert "0.600 (0.500 to 0.700, 2 seeds)" in table
+        assert ("older code" in table) is not current
+
+
+def test_generated_text_is_replaced_once_and_only_once(monkeypatch):
+    generated = importlib.import_module("generated")
+    monkeypatch.setattr(generated, "GENERATED", {"chapters": lambda prefix: f"made {prefix}\n"})
+    page = "before\n\n<!-- generated: chapters -->\n\nafter\n"
+    once = generated.fill(page, "x/")
+    assert once == "before\n\n<!-- generated: chapters -->\n\nmade x/\n\n<!-- end generated -->\n\nafter\n"
+    assert generated.fill(once, "x/") == once
+    assert "made y/" in generated.fill(once, "y/") and "made x/" not in generated.fill(once, "y/")
+
+
+def test_pages_that_load_from_outside_are_found(tmp_path):
+    loads = importlib.import_module("make").loads_from_outside
+    good = (
+        '<script src="_static/a.js"></script><a href="https://example.org/a.js">a</a><link rel="canonical" '
+    )
+    (tmp_path / "a.html").write_text(good + 'href="https://example.org/">', encoding="utf-8")
+    assert not loads(tmp_path)
+    for planted in (
+        '<script defer src="https://example.org/a.js"></script>',
+        "<script src=//example.org/a.js></script>",
+        '<link href="https://example.org/a.css" rel="stylesheet">',
+        '<link rel="preconnect" href="https://example.org">',
+        '<img alt="a" src="http://example.org/a.png">',
+        "<style>@import 'https://example.org/a.css';</style>",
+        "<style>@font-face { src: url(https://example.org/a.woff2) }</style>",
+    ):
+        (tmp_path / "a.html").write_text(good.replace("<link", "<br", 1) + planted, encoding="utf-8")
+        assert loads(tmp_path), planted
+
+
+def test_refresh_keeps_what_did_not_change():
+    refresh, nbformat = importlib.import_module("refresh"), importlib.import_module("nbformat").v4
+    record = {"acc": 0.5, "seconds": 1.0, "versions": {"python": "3.11"}}
+
+    def notebook(acc, seconds, printed):
+        shown = {refresh.RECORD: {**record, "acc": acc, "seconds": seconds}, "text/plain": f"ACC {acc}"}
+        run, checked = nbformat.new_code_cell("run()"), nbformat.new_code_cell("print()")
+        run.id, checked.id = "run", "checked"
+        run.outputs = [nbformat.new_output("display_data", data=shown)]
+        run.outputs.append(nbformat.new_output("stream", name="stderr", text=f"{seconds} s"))
+        checked.outputs = [nbformat.new_output("stream", name="stdout", text=text) for text in printed]
+        checked.metadata = {"tags": ["nbval-check-output"], "papermill": {"duration": seconds}}
+        return nbformat.new_notebook(cells=[run, checked])
+
+    stored = notebook(0.5, 1.0, ["a\nb\n"])
+    stored.cells[0].outputs.pop()
+    before = json.dumps(stored.cells[0].outputs)
+    assert refresh.merge(stored, notebook(0.5, 2.0, ["a\n", "b\n"])) == []
+    assert json.dumps(stored.cells[0].outputs) == before and "papermill" not in stored.cells[1].metadata
+    report = refresh.merge(stored, notebook(0.6, 2.0, ["a\n", "c\n"]))
+    assert [line.strip() for line in report if line.strip()[0] in "+-"] == ["-b", "+c"]
+    assert stored.cells[0].outputs[0].data[refresh.RECORD]["acc"] == 0.6
+    assert len(stored.cells[0].outputs) == 1 and [cell.execution_count for cell in stored.cells] == [1, 2]
+
+
+# ---------------------------------------------------------------- make env
+
+PYTHON = """#!/bin/sh
+# Stands in for Python: what it does is set by the files beside the Makefile.
+case "$1 $2" in
+  "-c import sys"*) [ ! -e too_old ] ;;
+  "-c import venv"*) [ ! -e no_venv ] ;;
+  "--version "*) echo "Python 3.9.2" ;;
+  "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo venv >> log ;;
+  "-m pip") shift 2; echo "pip $*" >> log; [ ! -e no_network ] ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    for name in ("Makefile", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / "fake-python"
+    python.write_text(PYTHON, encoding="utf-8")
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    return tmp_path
+
+
+def make_env(folder, python="./fake-python"):
+    done = subprocess.run(
+        ["make", "-s", "env", f"PYTHON={python}"], cwd=folder, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("condition", "sentence"),
+    [
+        ("missing", "no-such-python was not found: install Python 3.11 or newer"),
+        ("too_old", "is too old (Python 3.9.2): Python 3.11 or newer is needed"),
+        ("no_venv", "has no venv module: install it"),
+        ("no_network", "could not be installed"),
+    ],
+)
+def test_make_env_says_what_is_missing_and_recovers(checkout, condition, sentence):
+    (checkout / condition).touch()
+    code, text = make_env(checkout, "no-such-python" if condition == "missing" else "./fake-python")
+    assert code != 0 and sentence in text
+    assert not (checkout / ".venv" / "complete").exists()
+    (checkout / condition).unlink()
+    assert make_env(checkout)[0] == 0
+    assert (checkout / ".venv" / "complete").exists()
+    assert make_env(checkout) == (0, "")
+
+
+def test_make_env_makes_a_half_made_environment_again(checkout):
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    (checkout / ".venv" / "left_over").touch()
+    code, text = make_env(checkout)
+    assert code == 0 and "half-made" in text and not (checkout / ".venv" / "left_over").exists()
+    assert "--only-binary=:all:" in (checkout / "log").read_text(encoding="utf-8")
+
+
+def test_make_env_follows_an_edited_list(checkout):
+    assert make_env(checkout)[0] == 0
+    (checkout / ".venv" / "kept").touch()
+    with open(checkout / "constraints.txt", "a", encoding="utf-8") as file:
+        file.write("six==1.16.0\n")
+    code, text = make_env(checkout)
+    assert code == 0 and "Installing" in text and (checkout / ".venv" / "kept").exists()
+
+
+def test_workflows_use_what_people_use():
+    runs = {}
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for job in workflow["jobs"].values():
+            assert job["runs-on"] == "ubuntu-latest" and job["timeout-minutes"] and job["steps"]
+            runs.setdefault(path.stem, []).extend(step["run"] for step in job["steps"] if "run" in step)
+    assert ".ci/run" in runs["tests"] and "make html" in runs["pages"]
+    assert not any("constraints" in line for line in runs["weekly"])
+    ci = ROOT / ".ci" / "run"
+    assert ci.stat().st_mode & stat.S_IXUSR and "make test" in ci.read_text(encoding="utf-8")
