@@ -1,7 +1,8 @@
-"""Prior art that several chapters start from or compare with: k-means, autoencoder + k-means or GMM, DEC, IDEC.
+"""Prior art that several chapters start from or compare with: k-means, autoencoder + k-means or GMM, DEC,
+IDEC.
 
-Each recipe is the one of a named public code. Introduced in the chapter `foundations`, which shows `student_t`,
-`target_distribution` and `pretrain` as they stand here.
+Each recipe is the one of a named public code. Introduced in the chapter `foundations`, which shows
+`student_t`, `target_distribution` and `pretrain` as they stand here.
 """
 
 from typing import NamedTuple
@@ -55,7 +56,8 @@ def pretrain(model, x, optimizer, epochs, seed, batch_size=256, precision="float
     """Trains an autoencoder on its reconstruction error, the mean over samples and pixels.
 
     Parameters: model: an Autoencoder; x: (n, ...) uint8 images or float vectors, whole on the device;
-        optimizer: over model.parameters(); epochs: passes over x; seed: of the order; precision: see `training.steps`.
+        optimizer: over model.parameters(); epochs: passes over x; seed: of the order; precision: see
+        `training.steps`.
     Returns: (steps,) array, the reconstruction error at each step.
     Source: DEC-keras (SGD with learning rate 1 works only because the error is a mean over pixels).
     """
@@ -89,7 +91,8 @@ def student_t(z, centroids, alpha=1.0):
 
 
 def target_distribution(q):
-    """The sharpened target p that DEC pulls q towards: q squared, divided by the soft cluster sizes, normalised.
+    """The sharpened target p that DEC pulls q towards: q squared, divided by the soft cluster sizes,
+    normalised.
 
     Parameters: q: (n, k), rows sum to 1. The sizes f_j = sum_i q_ij are meant over the whole data set.
     Returns: p: (n, k), rows sum to 1.
@@ -103,9 +106,9 @@ class State(NamedTuple):
     """DEC or IDEC at one refresh of the target.
 
     Attributes: iteration: steps taken; embedding: (n, d) codes; q, p: (n, k) assignment and target;
-        labels: (n,) int64 array, argmax of q; changed: share of labels that differ from the last refresh (1 at the
-        first); centroids: (k, d); sizes: (k,) cluster sizes; losses: dict, mean of each term since the last refresh
-        (empty at the first); converged: True when `changed` fell below the tolerance.
+        labels: (n,) int64 array, argmax of q; changed: share of labels that differ from the last refresh
+        (1 at the first); centroids: (k, d); sizes: (k,) cluster sizes; losses: dict, mean of each term
+        since the last refresh (empty at the first); converged: True when `changed` fell below the tolerance.
     """
 
     iteration: int
@@ -125,8 +128,9 @@ def dec(model, x, centroids, *, optimizer="sgd", lr=0.01, momentum=0.9, **settin
 
     Used as `for state in dec(...)`: one State at each refresh of the target, the last one being the result.
 
-    Parameters: model: a pretrained Autoencoder, changed in place; x: (n, ...) whole data; centroids: (k, d) start, from
-        k-means on the codes; optimizer, lr, momentum: the recipe of DEC-keras; settings: see `self_train`.
+    Parameters: model: a pretrained Autoencoder, changed in place; x: (n, ...) whole data; centroids: (k,
+        d) start, from k-means on the codes; optimizer, lr, momentum: the recipe of DEC-keras; settings:
+        see `self_train`.
     Source: Xie, Girshick and Farhadi 2016 (DEC), section 3; DEC-keras.
     """
     yield from self_train(
@@ -135,7 +139,8 @@ def dec(model, x, centroids, *, optimizer="sgd", lr=0.01, momentum=0.9, **settin
 
 
 def idec(model, x, centroids, *, gamma=0.1, optimizer="adam", lr=0.001, momentum=0.99, **settings):
-    """Improved DEC: reconstruction (mean over pixels) + gamma * KL(P || Q), so that the decoder keeps the code honest.
+    """Improved DEC: reconstruction (mean over pixels) + gamma * KL(P || Q), so that the decoder keeps the
+    code honest.
 
     Parameters: as `dec`; gamma: weight of the clustering term, at least 0.
     Source: Guo, Gao, Liu and Yin 2017 (IDEC), equation 3; the IDEC repository.
@@ -169,8 +174,8 @@ def self_train(
         iterations: at most so many steps.
         update_interval: steps between two refreshes of P from all of Q.
         tol: stop when a smaller share of labels changed between two refreshes.
-        target: "all" takes P from all data every update_interval steps, as the paper has it; "batch" takes it from the
-            current batch at every step, as several public packages do.
+        target: "all" takes P from all data every update_interval steps, as the paper has it; "batch" takes
+            it from the current batch at every step, as several public packages do.
         precision: see `training.steps`.
     Yields: State at step 0, every update_interval steps, and at the end.
     Raises: ValueError before training for a bad setting; training.CollapseError; FloatingPointError.

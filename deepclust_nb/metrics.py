@@ -16,9 +16,9 @@ def accuracy(y_true, y_pred):
     """Clustering accuracy (ACC): the share of points that the best one-to-one matching of clusters to classes
     gets right.
 
-    ACC = max over one-to-one maps m of (1/n) * #{i : y_true[i] = m(y_pred[i])}, found by linear assignment on the
-    contingency table. The table may be rectangular: with more clusters than classes the points of an unmatched
-    cluster all count as wrong, with fewer those of an unmatched class do.
+    ACC = max over one-to-one maps m of (1/n) * #{i : y_true[i] = m(y_pred[i])}, found by linear assignment
+    on the contingency table. The table may be rectangular: with more clusters than classes the points of
+    an unmatched cluster all count as wrong, with fewer those of an unmatched class do.
 
     Parameters: y_true, y_pred: (n,) integers.
     Returns: a float in (0, 1].
@@ -30,8 +30,8 @@ def accuracy(y_true, y_pred):
 
 
 def purity(y_true, y_pred):
-    """Share of points that belong to the largest class of their cluster: every cluster votes, and two clusters
-    may vote for the same class.
+    """Share of points that belong to the largest class of their cluster: every cluster votes, and two
+    clusters may vote for the same class.
 
     Never below ACC, and 1 when every point is a cluster of its own, so the two must not be mixed.
 
@@ -83,9 +83,9 @@ def confusion(y_true, y_pred):
     """Contingency table with its columns ordered so that matched clusters lie on the diagonal.
 
     Parameters: y_true, y_pred: (n,) integers.
-    Returns: (table, order): table (n_classes, n_clusters) of counts, rows in order of class; order (n_clusters,),
-        the cluster that each column stands for. Unmatched clusters come last; when there are fewer clusters than
-        classes, the columns follow the order of the classes they are matched to.
+    Returns: (table, order): table (n_classes, n_clusters) of counts, rows in order of class; order
+        (n_clusters,), the cluster that each column stands for. Unmatched clusters come last; when there
+        are fewer clusters than classes, the columns follow the order of the classes they are matched to.
     Raises: ValueError as `accuracy`.
     """
     y_true, y_pred = _labels(y_true, y_pred)

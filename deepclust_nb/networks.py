@@ -1,4 +1,6 @@
-"""The networks that several chapters share. A network that belongs to one paper lives in that paper's chapter."""
+"""The networks that several chapters share. A network that belongs to one paper lives in that paper's
+chapter.
+"""
 
 import itertools
 
@@ -56,7 +58,9 @@ def mlp(sizes, init="fan_in"):
 
 
 def initialise(layer, init):
-    """Draws the weights of a linear layer in place ("fan_in" or "glorot", see `Autoencoder`), bias zero; returns it."""
+    """Draws the weights of a linear layer in place ("fan_in" or "glorot", see `Autoencoder`), bias zero;
+    returns it.
+    """
     if init == "fan_in":
         bound = layer.in_features**-0.5
         nn.init.uniform_(layer.weight, -bound, bound)

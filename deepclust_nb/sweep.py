@@ -12,6 +12,7 @@ stand in.
 import argparse
 import ast
 import contextlib
+import importlib
 import json
 import os
 import subprocess
@@ -73,12 +74,10 @@ def resolve(notebook, parameters):
     Parameters: notebook: path of an .ipynb with a cell tagged `parameters`; parameters: name to value.
     Returns: a dict of all parameters; an int given for a float becomes a float.
     Raises: ValueError for an unknown name (with the closest known one), a value whose type is not the
-        default's, or a default that is not a literal.
+        default's, or a default that is not a literal; RuntimeError without papermill, saying what to install.
     """
-    import papermill
-
     defaults = {}
-    for name, found in papermill.inspect_notebook(str(notebook)).items():
+    for name, found in _need("papermill").inspect_notebook(str(notebook)).items():
         try:
             defaults[name] = ast.literal_eval(found["default"])
         except (ValueError, SyntaxError):
@@ -105,11 +104,15 @@ def _like(name, value, default):
     raise ValueError(f"{name} must be of type {wanted.__name__}, got {value!r}{hint}")
 
 
-def _yaml(path):
+def _need(package):
     try:
-        import yaml
+        return importlib.import_module(package)
     except ImportError:
-        raise RuntimeError("reading YAML files needs PyYAML; install the extra `sweep`") from None
+        raise RuntimeError(f"sweeps need {package}: pip install 'deepclust-nb[sweep]'") from None
+
+
+def _yaml(path):
+    yaml = _need("yaml")
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -27,7 +27,9 @@ class CollapseError(RuntimeError):
 
 
 def seed_everything(seed):
-    """Seeds Python, NumPy and torch (all devices) with the integer `seed` and asks torch for repeatable kernels."""
+    """Seeds Python, NumPy and torch (all devices) with the integer `seed` and asks torch for repeatable
+    kernels.
+    """
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -69,8 +71,8 @@ def autocast(precision):
 def steps(n, batch_size, epochs=None, seed=0, *, iterations=None, precision="float32", title=None):
     """Iterates over shuffled mini-batches of n samples that lie whole in memory.
 
-    Each pass is a new permutation drawn from its own generator, so that the order depends on `seed` alone; the last
-    batch of a pass is shorter when batch_size does not divide n.
+    Each pass is a new permutation drawn from its own generator, so that the order depends on `seed` alone;
+    the last batch of a pass is shorter when batch_size does not divide n.
 
     Parameters:
         n: number of samples.
@@ -117,7 +119,8 @@ class Steps:
         with tqdm(total=self.total, desc=self.title, disable=not _interactive(), leave=False) as bar:
             while self.number < self.total:
                 order = torch.randperm(self.n, generator=generator).to(self.device)
-                for self.index in order.split(self.batch_size)[: self.total - self.number]:
+                for index in order.split(self.batch_size)[: self.total - self.number]:
+                    self.index = index
                     yield self
                     self.number += 1
                     bar.update()
@@ -135,13 +138,16 @@ class Steps:
         return autocast(self.precision)
 
     def update(self, optimizer, loss, terms):
-        """One optimiser step down the scalar `loss`; `terms` maps the names of its parts to scalars for the history.
+        """One optimiser step down the scalar `loss`; `terms` maps the names of its parts to scalars for
+        the history.
 
-        Raises: FloatingPointError, naming term and step, when a part or the loss is not finite; the weights are then
-        as they were before the step (on a GPU this is looked at every 100 steps, to keep the queue full).
+        Raises: FloatingPointError, naming term and step, when a part or the loss is not finite; the
+        weights are then as they were before the step (on a GPU this is looked at every 100 steps, to keep
+        the queue full).
         """
         for name, value in terms.items():
-            self._terms.setdefault(name, []).append(value.detach().float())
+            # A detached tensor alone would keep the batch's graph alive: forward-mode views hold their base.
+            self._terms.setdefault(name, []).append(value.detach().clone().float())
         if self.device.type == "cpu" or self.number % 100 == 0:
             self._require_finite({**terms, "loss": loss})
         optimizer.zero_grad(set_to_none=True)
@@ -151,7 +157,8 @@ class Steps:
     def watch_clusters(self, labels, n_clusters, largest=0.9):
         """Stops a run whose clusters have collapsed; needs no true labels.
 
-        Parameters: labels: (n,) cluster indices in [0, n_clusters); largest: highest share that one cluster may hold.
+        Parameters: labels: (n,) cluster indices in [0, n_clusters); largest: highest share that one
+            cluster may hold.
         Returns: cluster sizes (n_clusters,) int64.
         Raises: CollapseError, naming the step, when one cluster holds more than the share `largest`.
         """
@@ -159,7 +166,7 @@ class Steps:
         share = sizes.max().item() / sizes.sum().item()
         if share > largest:
             raise CollapseError(
-                f"collapse at step {self.number}: cluster {sizes.argmax().item()} holds {share:.0%} of the points"
+                f"collapse at step {self.number}: cluster {sizes.argmax()} holds {share:.0%} of the points"
             )
         return sizes
 
@@ -170,5 +177,7 @@ class Steps:
 
 
 def _interactive():
-    """True where somebody watches: a terminal, Colab, or a kernel started by a Jupyter server rather than by a tool."""
+    """True where somebody watches: a terminal, Colab, or a kernel started by a Jupyter server rather than
+    by a tool.
+    """
     return sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ or "google.colab" in sys.modules

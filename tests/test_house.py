@@ -220,6 +220,7 @@ def test_the_wheel_carries_images_papers_and_records(wheel):
     assert not [name for name in names if "__pycache__" in name or name.endswith("build.py")]
 
 
+@pytest.mark.timeout(900)
 def test_a_lone_chapter_runs_from_the_wheel(wheel, tmp_path):
     """An empty folder, the wheel's content, and no package that only the project's tools need."""
     nbclient, nbformat = importlib.import_module("nbclient"), importlib.import_module("nbformat")

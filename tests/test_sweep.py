@@ -150,6 +150,16 @@ def test_a_file_that_is_missing_or_not_yaml_is_named(copy):
         sweep.plan(folder / "x.yaml")
 
 
+def test_a_missing_package_is_named_with_what_to_install(copy, capsys, monkeypatch):
+    sweep, folder = copy
+    path = write(folder, PROFILE)
+    for package in ("yaml", "papermill"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            assert sweep.main([str(path)]) == 2
+        assert capsys.readouterr().err == f"sweeps need {package}: pip install 'deepclust-nb[sweep]'\n"
+
+
 def test_a_profile_must_agree_with_its_name(copy):
     sweep, folder = copy
     assert sweep.profile_parameters("tiny", "quick", "usps") == {"dataset": "usps", "profile": "quick"}
