@@ -127,11 +127,11 @@ class Steps:
 
     @property
     def history(self):
-        return {name: torch.stack(values).cpu().numpy() for name, values in self._terms.items()}
+        return {name: values[: self.number].cpu().numpy() for name, values in self._terms.items()}
 
     def means(self, since=0):
         """Mean of each term over the steps from `since` on, as a dict of floats."""
-        return {name: torch.stack(values[since:]).mean().item() for name, values in self._terms.items()}
+        return {name: values[since : self.number].mean().item() for name, values in self._terms.items()}
 
     def autocast(self):
         """The context for this loop's forward pass, see `training.autocast`."""
@@ -146,8 +146,10 @@ class Steps:
         the queue full).
         """
         for name, value in terms.items():
-            # A detached tensor alone would keep the batch's graph alive: forward-mode views hold their base.
-            self._terms.setdefault(name, []).append(value.detach().clone().float())
+            # Copied into a vector made once: a list of detached tensors would keep every batch's graph alive.
+            if name not in self._terms:
+                self._terms[name] = torch.full((self.total,), torch.nan, device=self.device)
+            self._terms[name][self.number] = value.detach()
         if self.device.type == "cpu" or self.number % 100 == 0:
             self._require_finite({**terms, "loss": loss})
         optimizer.zero_grad(set_to_none=True)

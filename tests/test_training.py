@@ -1,5 +1,8 @@
 """The step generator: what it visits, keeps and refuses, and that a run repeats bit by bit."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -36,7 +39,13 @@ def test_the_order_depends_on_the_seed_alone():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{}, {"epochs": 1, "iterations": 1}, {"epochs": 0}, {"iterations": 0}, {"epochs": 1, "precision": "half"}],
+    [
+        {},
+        {"epochs": 1, "iterations": 1},
+        {"epochs": 0},
+        {"iterations": 0},
+        {"epochs": 1, "precision": "half"},
+    ],
 )
 def test_wrong_lengths_and_precisions_are_refused(wrong):
     with pytest.raises(ValueError):
@@ -114,3 +123,17 @@ def test_precision_is_resolved_and_used():
         step = next(iter(training.steps(4, 2, epochs=1, precision=precision)))
         with step.autocast():
             assert (a @ a).dtype == kind
+
+
+def test_the_history_keeps_no_graph_alive():
+    """A run of many steps must not hold the activations of every batch in memory."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    loop, alive = training.steps(4, 1, iterations=3), []
+    for step in loop:
+        activation = weight * 2
+        alive.append(weakref.ref(activation))
+        loss = activation.square().sum()
+        step.update(torch.optim.SGD([weight], lr=0.1), loss, {"loss": loss})
+        del activation, loss
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * 3
