@@ -261,6 +261,45 @@ def test_a_lone_chapter_runs_from_the_wheel(wheel, tmp_path):
     client.execute(env=environment)
 
 
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_a_lone_chapter_runs_as_colab_runs_it(wheel, tmp_path, monkeypatch):
+    """A real environment of the declared packages alone, the wheel without its dependencies, one file."""
+    nbclient, nbformat = importlib.import_module("nbclient"), importlib.import_module("nbformat")
+    python, folder = tmp_path / "env" / "bin" / "python", tmp_path / "empty"
+    folder.mkdir()
+    declared = [str(requirement(text).name) for text in PROJECT["dependencies"]]
+
+    def run(*command):
+        return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True).stdout
+
+    pip = [python, "-m", "pip", "--disable-pip-version-check"]
+    run(sys.executable, "-m", "venv", tmp_path / "env")
+    run(*pip, "install", "--quiet", "--only-binary=:all:", "-c", ROOT / "constraints.txt", *declared)
+    before = run(*pip, "freeze").splitlines()
+    run(*pip, "install", "--quiet", "--no-deps", wheel)
+    after = run(*pip, "freeze").splitlines()
+    assert [line for line in after if line not in before] == [line for line in after if "deepclust" in line]
+    assert set(before) < set(after)
+    kernel = tmp_path / "jupyter" / "kernels" / "lone"
+    kernel.mkdir(parents=True)
+    argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (kernel / "kernel.json").write_text(
+        json.dumps({"argv": argv, "display_name": "lone", "language": "python"})
+    )
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    notebook = nbformat.read(
+        shutil.copy(ROOT / "book" / "chapters" / "foundations.ipynb", folder), as_version=4
+    )
+    where = "import deepclust_nb\nassert %r in deepclust_nb.__file__, deepclust_nb.__file__"
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(where % str(tmp_path / "env")))
+    client = nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name="lone", resources={"metadata": {"path": str(folder)}}
+    )
+    environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    client.execute(env=environment)
+
+
 # ---------------------------------------------------------------- sizes
 
 
