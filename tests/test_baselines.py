@@ -258,3 +258,17 @@ def test_codes_come_in_float32_whatever_the_batch():
     low = baselines.encode(model, x, "bfloat16")
     assert low.dtype == torch.float32 and not z.requires_grad
     torch.testing.assert_close(low, z, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "moved"),
+    [("sgd", 0.1 * (1 + 1.5)), ("adam", 0.2)],  # SGD gathers speed; Adam's steps have the length of its rate
+)
+def test_the_optimisers_take_their_rate_and_momentum(name, moved):
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = baselines.make_optimizer(name, [weight], lr=0.1, momentum=0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        weight.sum().backward()
+        optimizer.step()
+    assert -weight.item() == pytest.approx(moved, rel=1e-5)
