@@ -156,11 +156,12 @@ def test(_):
 
     before, outcome = tree(), []
     nbval = "-n 2 --dist loadscope --nbval-lax --nbval-cell-timeout 300 --nbval-sanitize-with tests/nbval.cfg"
+    units = ["-n", "2", "--dist", "loadfile", "-m", "not long", "--ignore", "tests/benchmarks"]
     stages = {
         "format": lambda: _run("ruff", "format", "--check", "."),
         "lint": lambda: _run("ruff", "check", "."),
         "pages": _html_stage,
-        "units": lambda: _run("pytest", "-q", "-n", "2", "--dist", "loadfile", "tests"),
+        "units": lambda: _run("pytest", "-q", *units, "tests"),
         "chapters": lambda: _run("pytest", "-q", *nbval.split(), "-o", "timeout=600", "book/chapters"),
         "other parameters": _other_parameters,
         "clean tree": lambda: tree() == before or print(f"The run changed the tree:\n{tree()}"),
