@@ -66,6 +66,6 @@ def test_bfloat16_ends_at_the_same_loss():
     from deepclust_nb import data
 
     x = data.load("mnist_5k").x
-    exact, coarse = (train(x, p, epochs=10)[1][-100:].mean() for p in ("float32", "bfloat16"))
+    exact, coarse = (train(x, p, epochs=20)[1][-100:].mean() for p in ("float32", "bfloat16"))
     print(f"\nfinal errors: float32 {exact:.5f}, bfloat16 {coarse:.5f}")
     assert abs(coarse / exact - 1) <= 0.02
