@@ -26,13 +26,13 @@ def matmul_rate(size=2048, repeats=4):
     return repeats * 2 * size**3 / (time.perf_counter() - started)
 
 
-def train(images, precision, epochs=1, optimizer="adam", lr=1e-3):
-    """(seconds, last errors) of a fresh autoencoder."""
-    training.seed_everything(0)
+def train(images, precision, epochs=1, seed=0):
+    """(seconds, errors by step) of a fresh autoencoder."""
+    training.seed_everything(seed)
     model = networks.Autoencoder(784)
-    update = baselines.make_optimizer(optimizer, model.parameters(), lr)
+    update = baselines.make_optimizer("adam", model.parameters(), 1e-3)
     started = time.perf_counter()
-    errors = baselines.pretrain(model, images, update, epochs, 0, BATCH, precision)
+    errors = baselines.pretrain(model, images, update, epochs, seed, BATCH, precision)
     return time.perf_counter() - started, errors
 
 
@@ -63,9 +63,12 @@ def test_bfloat16_is_faster(images):
 
 @pytest.mark.skipif(training.resolve_precision("auto") != "bfloat16", reason="no bfloat16 in this hardware")
 def test_bfloat16_ends_at_the_same_loss():
+    """On average over seeds: two float32 runs of different seeds differ more than the two precisions may."""
     from deepclust_nb import data
 
-    x = data.load("mnist_5k").x
-    exact, coarse = (train(x, p, epochs=20)[1][-100:].mean() for p in ("float32", "bfloat16"))
-    print(f"\nfinal errors: float32 {exact:.5f}, bfloat16 {coarse:.5f}")
-    assert abs(coarse / exact - 1) <= 0.02
+    x, mean = data.load("mnist_5k").x, {}
+    for precision in ("float32", "bfloat16"):
+        ends = [train(x, precision, epochs=10, seed=seed)[1][-100:].mean() for seed in range(5)]
+        mean[precision] = statistics.mean(map(float, ends))
+        print(f"\nfinal errors in {precision}: {[f'{end:.5f}' for end in ends]}")
+    assert abs(mean["bfloat16"] / mean["float32"] - 1) <= 0.02
