@@ -183,20 +183,17 @@ def test_stopping(small):
 
 
 def test_the_reported_losses_are_means_since_the_last_refresh(small):
+    """With the target from the batch the refresh interval changes no step, only what is averaged."""
     x, _, model, centroids = small
-    twin = copy.deepcopy(model)
-    each = [s.losses for s in baselines.idec(twin, x, centroids, **SHORT | {"update_interval": 1})][1:]
-    # With the target from the batch the refresh interval changes no step, only what is averaged.
-    one = [s.losses for s in baselines.idec(copy.deepcopy(model), x, centroids, target="batch", **SHORT)]
-    fine = [
-        s.losses
-        for s in baselines.idec(
-            copy.deepcopy(model), x, centroids, target="batch", **SHORT | {"update_interval": 1}
-        )
-    ]
+
+    def losses(interval):
+        settings = SHORT | {"update_interval": interval, "target": "batch"}
+        return [s.losses for s in baselines.idec(copy.deepcopy(model), x, centroids, **settings)]
+
+    each, three = losses(1)[1:], losses(3)
     assert len(each) == 6 and set(each[0]) == {"reconstruction", "clustering"}
     for name in each[0]:
-        assert one[2][name] == pytest.approx(np.mean([row[name] for row in fine[4:7]]), rel=1e-5)
+        assert three[2][name] == pytest.approx(np.mean([row[name] for row in each[3:6]]), rel=1e-5)
 
 
 def test_dec_finds_what_is_there_and_repeats(small):
