@@ -135,13 +135,13 @@ def embedding(ax, z, y=None, centroids=None, names=None, axes=("component 1", "c
 
 
 def pca2d(z, basis=None):
-    """Project codes to the plane of the first two principal axes of `basis`, so that frames share a
-    projection.
-        scikit-learn fixes the sign that PCA leaves open: each axis points towards its largest loading.
+    """Project codes to the plane of the first two principal axes of `basis`, so that frames share one.
 
-        Parameters: z: (n, d) floats; basis: (m, d) floats to which the axes are fitted, z itself by default.
-        Returns: (n, 2) floats.
-        Raises: ValueError when z or basis is not two-dimensional, their widths differ, or d < 2.
+    scikit-learn fixes the sign that PCA leaves open: each axis points towards its largest loading.
+
+    Parameters: z: (n, d) floats; basis: (m, d) floats to which the axes are fitted, z itself by default.
+    Returns: (n, 2) floats.
+    Raises: ValueError when z or basis is not two-dimensional, their widths differ, or d < 2.
     """
     from sklearn.decomposition import PCA
 
