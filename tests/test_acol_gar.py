@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import types
 
 import pytest
 import torch
@@ -220,6 +221,45 @@ def test_latent_is_without_dropout_and_leaves_the_model_training(acol):
     (first, nodes), (second, _) = acol.latent(model, x), acol.latent(model, x, batch_size=3)
     assert torch.allclose(first, second, atol=1e-5) and first.min() >= 0 and model.training
     assert torch.allclose(model.nodes[1](first), nodes, atol=1e-5)
+
+
+def test_a_look_reports_what_it_saw(acol):
+    steps, _, model = short_run(acol)
+    x = torch.randint(0, 256, (130, 1, 8, 8), dtype=torch.uint8)
+    tables, y = acol.dihedral(8)[:4], torch.arange(130).numpy() % 3
+    pair = acol.in_two_parents(x, tables)
+    assert torch.equal(pair[:125], x[:125]) and torch.equal(pair[125:], torch.rot90(x[:125], 1, (2, 3)))
+    t = torch.arange(130) % 4
+    Y = acol.parents(acol.latent(model, acol.transform(tables, x, t))[1], 4)
+    assert acol.pseudo_accuracy(model, x, tables) == pytest.approx((Y.argmax(1) == t).float().mean().item())
+    loop = types.SimpleNamespace(number=7, precision="float32", means=lambda since: {"since": since})
+    row = acol.look(loop, model, x, y, tables, 3, 0, 5, n_map=100)
+    assert (row["step"], row["since"], row["map"].shape, row["pair"].shape) == (7, 5, (100, 2), (250, 8))
+    energy = acol.latent(model, x)[1].relu()[:, 0::4].square().sum(0)
+    assert row["in use"] == pytest.approx(acol.effective_number(energy))
+    assert "map" not in acol.look(loop, model, x, y, tables, 3, 0, 5, n_map=0)
+
+
+def test_what_a_record_keeps(acol):
+    torch.manual_seed(0)
+    y = torch.arange(200).numpy() % 10
+    codes = torch.eye(10)[y] + 0.01 * torch.rand(200, 10)
+    labels, agreement = acol.clusters_of(codes, torch.rand(200, 4), 10, 0)
+    assert metrics.accuracy(y, labels["F"]) == 1 and 0 < agreement <= 1
+    blurred = torch.rand(200, 10)
+    assert (
+        acol.clusters_of(blurred, blurred, 10, 0)[1] < 0.9
+    )  # single starts differ where there are no clusters
+    names = ("pseudo accuracy", "in use", "log loss", "affinity", "balance")
+    row = dict.fromkeys(names, 0.5) | {"step": 9, "acc": 1.0, "map": torch.zeros(50, 2)}
+    kept = acol.told(labels, agreement, [row], y, codes, 0)
+    assert kept["purity_k7"] == pytest.approx(0.7) and kept["kept_whole_k7"] == 1
+    assert kept["purity_k20"] == 1 and kept["kept_whole_k20"] < 1
+    assert (
+        kept["acc_z"] < 0.5
+        and kept["arrays"]["curve"].shape == (1, 7)
+        and len(kept["arrays"]["labels"]) == 50
+    )
 
 
 def short_run(acol, seed=0, **changed):
