@@ -74,9 +74,12 @@ def test_terms_stay_in_range_and_ignore_scale_and_order(acol):
         terms = torch.stack(acol.affinity_and_balance(acol.by_parent(B, 3)))
         assert terms.min() >= 0 and terms.max() <= 1
         scaled = torch.stack(acol.affinity_and_balance(acol.by_parent(100 * B, 3)))
-        rows = torch.stack(acol.affinity_and_balance(acol.by_parent(B[torch.randperm(30)], 3)))
-        order = torch.randperm(4, generator=generator)
-        within = torch.stack(acol.affinity_and_balance(acol.by_parent(B, 3)[:, order]))
+        rows = torch.stack(
+            acol.affinity_and_balance(acol.by_parent(B[torch.randperm(30, generator=generator)], 3))
+        )
+        blocks = acol.by_parent(B, 3).clone()
+        blocks[:, :, 1] = blocks[:, torch.randperm(4, generator=generator), 1]  # within one parent alone
+        within = torch.stack(acol.affinity_and_balance(blocks))
         for other in (scaled, rows, within):
             assert torch.allclose(terms, other, atol=1e-6)
 
@@ -141,8 +144,25 @@ def test_a_dead_block_is_finite_and_gets_no_gradient_from_the_terms(acol):
     assert (
         torch.isfinite(gradient).all() and gradient[:, 0::2].abs().max() == 0 < gradient[:, 1::2].abs().max()
     )
-    loss, _ = acol.objective(torch.zeros(4, 6, requires_grad=True), torch.arange(4) % 2, 2, (0.1, 1.0, 1e-6))
-    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("terms", ["modified", "original"])
+@pytest.mark.parametrize("scale_term", ["code", "printed"])
+@pytest.mark.parametrize("level", [0.0, -1.0])
+def test_the_objective_is_finite_without_any_positive_activity(acol, terms, scale_term, level):
+    """And its gradient wakes the nodes: the log loss does not ask for a sign."""
+    Z = torch.full((4, 6), level, requires_grad=True)
+    loss, _ = acol.objective(Z, torch.zeros(4).long(), 2, (0.1, 1.0, 1e-6), terms, scale_term)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(Z.grad).all() and (Z.grad[:, 0::2] < 0).all()
+
+
+def test_contiguous_blocks_would_be_noticed(acol):
+    B = torch.zeros(10, 6).double()
+    B[:, 0::2] = 1.0  # the three duplicates of parent 0 of 2 all do the same
+    right = acol.affinity_and_balance(acol.by_parent(B, 2))[0][0]
+    wrong = acol.affinity_and_balance(B.unflatten(1, (2, 3)).transpose(1, 2))[0].mean()
+    assert right > 0.99 and right - wrong > 0.4
 
 
 def test_the_eight_turns_are_the_group_of_the_square(acol):
@@ -287,6 +307,30 @@ def test_training_pauses_evenly_and_repeats(acol):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_pseudo_labels_are_independent_of_the_batch_order(acol):
+    """One stream for both would tie an image's first label to its number."""
+    n, drawn = 4000, []
+    torch.manual_seed(0)
+    model = acol.ACOL((1, 4, 4), 8, width=1, n_features=2)
+    x = torch.arange(n)[:, None].remainder(256).byte().expand(-1, 16).reshape(n, 1, 4, 4)
+
+    def loss_of(Z, t):
+        drawn.append(t)
+        return acol.objective(Z, t, 4, (0.1, 1.0, 1e-6))
+
+    settings = dict(epochs=1, batch_size=100, lr=1e-3, seed=0, precision="float32", n_looks=1)
+    list(acol.train(model, x, acol.dihedral(4)[:4], loss_of, schedule="constant", averaging=0.0, **settings))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))  # that of `training.steps`
+    table = torch.zeros(8, 4).index_put_((order % 8, torch.cat(drawn)), torch.ones(n), accumulate=True)
+    expected = table.sum(1, keepdim=True) * table.sum(0) / n
+    assert ((table - expected).square() / expected).sum() < 50  # 21 degrees of freedom
+
+
+def test_more_looks_than_steps_are_refused(acol):
+    with pytest.raises(ValueError, match="n_looks must be at most the number of steps, 12, got 13"):
+        short_run(acol, n_looks=13)
+
+
 def test_the_averaged_model_lags_behind(acol):
     torch.manual_seed(0)
     model = acol.ACOL((1, 8, 8), 8, width=4, n_features=32)
@@ -325,11 +369,18 @@ def test_balance_of_the_perfect_solution_by_simulation(acol, n_images, n_duplica
     counts = torch.nn.functional.one_hot(picks, n_duplicates).sum(dim=1).double()
     balance = (n_images**2 - counts.square().sum(1)) / ((n_duplicates - 1) * counts.square().sum(1))
     assert acol.balance_in_a_batch(n_images, n_duplicates) == pytest.approx(balance.mean().item(), abs=0.015)
+    squared = n_images**2 / n_duplicates + n_images * (
+        1 - 1 / n_duplicates
+    )  # the multinomial's second moment
+    exact = (n_images**2 - squared) / ((n_duplicates - 1) * squared)
+    assert acol.balance_in_a_batch(n_images, n_duplicates) == pytest.approx(exact)
 
 
 def test_mass_and_centring(acol):
     x = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
-    x[0, 0, 14, 10], x[0, 0, 14, 18] = 100, 100
+    x[0, 0, 20, 3] = 50
+    assert acol.centre_of_mass(x).tolist() == [[20.0, 3.0]]
+    x[0, 0, 20, 3], x[0, 0, 14, 10], x[0, 0, 14, 18] = 0, 100, 100
     assert acol.centre_of_mass(x).tolist() == [[14.0, 14.0]]
     centred = acol.prepare(x, True, 0)
     assert centred.shape[2:] == (29, 29) and torch.equal(centred[:, :, :28, :28], x)
