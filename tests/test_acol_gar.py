@@ -443,6 +443,16 @@ def test_the_adversarial_change_has_its_size_and_beats_chance(acol):
     assert not torch.equal(before[0], now[0])
 
 
+def test_imsats_network_starts_as_published(acol):
+    torch.manual_seed(0)
+    model = acol.imsat_network(500, 7)
+    assert [type(m).__name__ for m in model] == ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear"]
+    for layer, n_in, scale in zip(model[::3], (500, 1200, 1200), (0.1, 0.1, 0.0001), strict=True):
+        assert layer.weight.std().item() == pytest.approx(scale * math.sqrt(2 / n_in), rel=0.05)
+        assert not layer.bias.any()
+    assert model(torch.randn(3, 500)).shape == (3, 7)
+
+
 def test_imsat_separates_two_heaps(acol):
     torch.manual_seed(0)
     y = torch.arange(200) % 2
