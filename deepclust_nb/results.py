@@ -250,7 +250,11 @@ def load(chapter=None, dataset=None, profile=None, method=None, study="headline"
     given = {key: value for key, value in given.items() if value is not None}
     found, digests = [], {}
     for path in sorted((data.data_root() / "records").glob(f"{chapter or '*'}/*/*/*.json")):
-        for body in json.loads(path.read_text(encoding="utf-8"))["records"]:
+        try:
+            bodies = json.loads(path.read_text(encoding="utf-8"))["records"]
+        except FileNotFoundError:  # a sweep beside us has just replaced it
+            continue
+        for body in bodies:
             if body.get("sha256") != body_hash(body):
                 raise ValueError(f"{path.name}: record {body.get('method')} does not match its hash")
             if all(body[key] == value for key, value in given.items()):

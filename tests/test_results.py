@@ -207,6 +207,13 @@ def test_a_tampered_record_is_detected(copy):
         module.load()
 
 
+def test_a_record_that_a_sweep_beside_us_removes_is_passed_over(copy):
+    module, folder = copy
+    path = store(module, folder)
+    path.with_name("1-gone.json").symlink_to("nowhere.json")  # listed, and gone when it is read
+    assert [record["seed"] for record in module.load()] == [0]
+
+
 def test_load_filters_and_sorts(copy):
     module, folder = copy
     store(module, folder, "10-x", seed=10)
