@@ -1,9 +1,7 @@
-"""The chapter `foundations`: what it shows is what the helper runs, and its exercises' solutions work."""
+"""The chapter `foundations`: what it shows is what the helper runs."""
 
 import ast
 import inspect
-import json
-import re
 import types
 
 import pytest
@@ -11,12 +9,8 @@ import torch
 from loader import definitions
 
 from deepclust_nb import baselines, networks, training
-from deepclust_nb.digest import chapter_file
 
 CHAPTER = "foundations"
-CELLS = json.loads(chapter_file(CHAPTER).read_text(encoding="utf-8"))["cells"]
-TEXT = "\n".join("".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown")
-SOLUTIONS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 
 
 def tree(function):
@@ -32,17 +26,6 @@ def test_shown_functions_are_the_helpers(name):
     shown, used = getattr(definitions(CHAPTER), name), getattr(baselines, name)
     assert tree(shown) == tree(used)
     assert len(inspect.getsource(shown).splitlines()) <= 25
-
-
-def test_every_exercise_has_a_solution():
-    exercises = TEXT[TEXT.index("## Exercises") : TEXT.index("## Summary")]
-    assert len(re.findall(r"^\d\. \*\*", exercises, re.M)) == exercises.count("<details>") == len(SOLUTIONS)
-
-
-@pytest.mark.parametrize("number", range(len(SOLUTIONS)))
-def test_solutions_run_and_assert(number):
-    assert "assert " in SOLUTIONS[number]
-    exec(compile(SOLUTIONS[number], f"<solution {number + 1}>", "exec"), {})
 
 
 @pytest.fixture
