@@ -15,7 +15,7 @@ from deepclust_nb import training
 
 CHAPTER = "semicatvae"
 SETTINGS = dict(weights=(1.0, 1.0, 5.0, 1.0), alpha=0.6, temperature=1.0, noisy=True, assignment="bounded")
-SETTINGS |= dict(assigner="nearest", labelled_gradient=True)
+SETTINGS |= dict(assigner="nearest", lender_gradient=True)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_nearest_and_five_equal_scikit_learn_and_labelled_images_get_their_own(c
 
 
 def test_means_and_network_by_hand(cat):
-    apart = torch.tensor([[1.0, 9.0, 4.0], [0.0, 1.0, 3.0]])
+    apart = torch.tensor([[1.0, 9.0, 4.0], [1.0, 4.0, 4.0]])
     given, logits = torch.tensor([0, 0, 1]), torch.tensor([[0.0, 1.0], [2.0, 1.0]])
     assert cat.assign(apart, given, logits, "means").tolist() == [1, 0]
     assert cat.assign(apart, given, logits, "nearest").tolist() == [0, 0]
@@ -219,7 +219,8 @@ def test_moves_without_amount_change_nothing_and_a_pixel_is_a_pixel(cat):
 def test_moves_are_drawn_for_each_image_and_stay_within_their_amounts(cat):
     torch.manual_seed(0)
     maps = cat.random_moves(2000, 28, shift=2, turn=0, scale=0, shear=0)
-    assert maps[:, :, 2].abs().max() <= 4 / 28 and maps[:, :, 2].abs().max() > 3.9 / 28
+    largest = maps[:, :, 2].abs().amax(dim=0)
+    assert largest.max() <= 4 / 28 and largest.min() > 3.9 / 28
     assert len(maps.unique(dim=0)) == 2000
     turned = cat.random_moves(2000, 28, shift=0, turn=0.2, scale=0, shear=0)[:, :, :2]
     eye = torch.eye(2).expand(2000, 2, 2)
@@ -327,23 +328,40 @@ def test_labels_are_borrowed_by_the_images_and_not_by_their_moved_pictures(cat):
     _, parts = joined(cat, net, images, seen, given, noisy=False)
     P = net(seen)[1].softmax(dim=1)
     assert torch.allclose(parts["assignment"], cat.assignment_loss(P, torch.cat([given, of_images])).mean())
+    f, logits = net(seen)
+    torch.manual_seed(7)
+    c = cat.gumbel_softmax(
+        logits, cat.gumbel_noise(logits.shape), 1.0
+    )  # the decoder's category keeps its noise
+    assert torch.allclose(parts["reconstruction"], F.mse_loss(net.decode(f, c), seen))
 
 
-def test_the_labelled_codes_can_be_left_where_they_are(cat):
+def test_the_lending_codes_can_be_held_fixed(cat):
     torch.manual_seed(0)
-    f = codes(6).requires_grad_()
-    given, assigned = torch.tensor([0, 1]), torch.tensor([0, 1, 0, 0, 1, 1])
-    apart = cat.distances(f, f[:2].detach())
-    (gradient,) = torch.autograd.grad(cat.feature_loss(apart, assigned, given, 0.0), f)
-    assert gradient[:2].abs().max() == 0 and gradient[2:].abs().min(dim=1).values.max() > 0
     net, images = cat.CatVAE(width=2), torch.rand(9, 1, 28, 28)
     only = dict(weights=(0.0, 0.0, 0.0, 1.0))
     values = []
     for moves_them in (True, False):
         net.zero_grad()
-        joined(cat, net, images, images, torch.arange(3), **only, labelled_gradient=moves_them)[0].backward()
+        joined(cat, net, images, images, torch.arange(3), **only, lender_gradient=moves_them)[0].backward()
         values.append(net.encoder[0].weight.grad.clone())
     assert not torch.allclose(*values)
+
+
+@pytest.mark.parametrize("moves, lends, learns", [("none", 0, 0), ("affine", 0, 1), ("same", 1, 1)])
+def test_which_pictures_borrow_and_which_are_learned_from(cat, moves, lends, learns):
+    torch.manual_seed(0)
+    images = torch.rand(6, 1, 28, 28)
+    borrowers, seen = cat.pictures(images, 2, moves)
+    assert torch.equal(borrowers, images) == (not lends) and torch.equal(seen, images) == (not learns)
+    assert (borrowers is seen) == (lends == learns)
+
+
+def test_the_labelled_images_alone_can_be_moved(cat):
+    torch.manual_seed(0)
+    images = torch.rand(6, 1, 28, 28)
+    borrowers, seen = cat.pictures(images, 2, "labelled")
+    assert borrowers is seen and torch.equal(seen[2:], images[2:]) and not torch.equal(seen[:2], images[:2])
 
 
 # training
@@ -363,10 +381,11 @@ def trained(cat, seed=0, moves="none", epochs=6, **changed):
     training.seed_everything(seed)
     net = cat.CatVAE(3, 8, 2)
     how = dict(epochs=epochs, batch_size=24, lr=0.01, seed=seed, precision="float32", schedule="cosine")
-    how |= dict(moves=moves, n_looks=2) | changed
+    how |= dict(moves=moves, n_looks=2, temperatures=(1.0, 1.0)) | changed
+    settings = {name: value for name, value in SETTINGS.items() if name != "temperature"}
     loops = [
         loop.number
-        for loop in cat.train(net, x, torch.arange(6), y[:6], torch.arange(6, 60), SETTINGS, **how)
+        for loop in cat.train(net, x, torch.arange(6), y[:6], torch.arange(6, 60), settings, **how)
     ]
     return net, loops
 
@@ -382,6 +401,21 @@ def test_training_finds_three_kinds_that_six_labels_name(cat, moves):
 def test_training_is_repeatable_and_follows_its_seed(cat):
     first, again, other = (trained(cat, seed)[0].head[0].weight for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.allclose(first, other)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"schedule": "halved"}, {"temperatures": (1.0, 0.2)}]
+    + [{"moves": moves} for moves in ("affine", "same", "labelled")],
+)
+def test_a_run_follows_its_schedule_its_moves_and_its_temperatures(cat, changed):
+    plain, other = trained(cat)[0], trained(cat, **changed)[0]
+    assert not torch.allclose(plain.head[0].weight, other.head[0].weight)
+
+
+def test_the_temperature_falls_exponentially(cat):
+    assert [cat.temperature_at(p, 1.0, 0.25) for p in (0, 0.5, 1)] == [1.0, 0.5, 0.25]
+    assert cat.temperature_at(0.3, 1.0, 1.0) == 1.0
 
 
 def test_too_many_looks_are_refused(cat):
@@ -406,9 +440,9 @@ def test_the_rate_falls_to_zero_or_is_halved_every_fifty_epochs(cat):
 
 
 def test_a_batch_holds_all_labelled_images_or_a_part_when_all_have_labels(cat):
-    picked, others = torch.tensor([7, 8, 9]), torch.tensor([0, 1, 2, 3])
+    picked, others = torch.tensor([7, 8, 9]), torch.tensor([3, 4, 5, 6])
     labelled, unlabelled = cat.batch_of(torch.tensor([2, 0]), picked, others)
-    assert labelled.tolist() == [0, 1, 2] and unlabelled.tolist() == [2, 0]
+    assert labelled.tolist() == [0, 1, 2] and unlabelled.tolist() == [5, 3]
     labelled, unlabelled = cat.batch_of(torch.tensor([2, 0]), picked, others[:0])
     assert labelled.tolist() == [2, 0] and len(unlabelled) == 0
     settings = dict(epochs=1, seed=0)
@@ -424,19 +458,25 @@ def test_with_all_labels_nothing_is_borrowed(cat):
         epochs=30, batch_size=10, lr=0.01, seed=0, precision="float32", schedule="cosine", moves="none"
     )
     everything = torch.arange(60)
-    loops = list(cat.train(net, x, everything, y, everything[:0], SETTINGS, n_looks=1, **how))
+    settings = {name: value for name, value in SETTINGS.items() if name != "temperature"}
+    how |= dict(temperatures=(1.0, 1.0), n_looks=1)
+    loops = list(cat.train(net, x, everything, y, everything[:0], settings, **how))
     assert loops[-1].number == 90
     assert cat.error(cat.predict(net, x)[1].argmax(dim=1), y) < 0.05
 
 
 @pytest.mark.parametrize("others", [0, 54])
-def test_the_neighbours_learn_the_labelled_images(cat, others):
+@pytest.mark.parametrize("moves", ["none", "affine"])
+def test_the_neighbours_learn_the_labelled_images(cat, others, moves):
     x, y = small()
     training.seed_everything(0)
     net = cat.CatVAE(3, 8, 2)
-    how = dict(iterations=60, batch_size=24, lr=0.01, seed=0, precision="float32", moves="none")
+    how = dict(iterations=80, batch_size=24, lr=0.01, seed=0, precision="float32", moves=moves)
     cat.train_neighbour(net, x, torch.arange(6), y[:6], torch.arange(6, 6 + others), **how)
     assert cat.error(cat.predict(net, x[:6])[1].argmax(dim=1), y[:6]) == 0
+    if others:
+        logits = cat.predict(net, x[6:])[1]
+        assert cat.error(logits.argmax(dim=1), y[6:]) < 0.1
 
 
 def test_prediction_has_no_noise_and_leaves_the_model_as_it_was(cat):
@@ -461,12 +501,34 @@ def test_fresh_statistics_are_those_of_the_images_and_the_model_keeps_its_own(ca
 def test_the_signals_of_a_look_are_what_they_say(cat):
     torch.manual_seed(0)
     net, (x, y) = cat.CatVAE(3, 8, 2), small()
-    row, borrowed = cat.look(net, x[6:], x[:6], y[:6], "float32")
+    row, borrowed = cat.look(net, x[6:], x[:6], y[:6], "float32", "nearest")
     (f, logits), (lenders, _) = cat.predict(net, x[6:]), cat.predict(net, x[:6])
     nearest = y[:6][torch.cdist(f, lenders).argmin(dim=1)]
     assert torch.equal(borrowed, nearest) and "kept" not in row
     assert math.isclose(row["agree"], (logits.argmax(dim=1) == nearest).float().mean().item(), abs_tol=1e-6)
     apart = [torch.cdist(f[i : i + 1], lenders[y[:6] == nearest[i]]).mean() / 2**0.5 for i in range(54)]
     assert math.isclose(row["apart"], torch.stack(apart).mean().item(), abs_tol=1e-5)
-    again, _ = cat.look(net, x[6:], x[:6], y[:6], "float32", (borrowed + 1) % 3)
+    again, _ = cat.look(net, x[6:], x[:6], y[:6], "float32", "nearest", (borrowed + 1) % 3)
     assert again["kept"] == 0
+    assert cat.look(net, x[6:], x[:6], y[:6], "float32", "network")[0]["agree"] == 1
+    fresh = cat.predict(cat.with_statistics_of(net, x[6:]), x[6:])[1].argmax(dim=1)
+    assert math.isclose(row["swayed"], cat.error(fresh, logits.argmax(dim=1)), abs_tol=1e-6)
+
+
+def test_readers_score_what_they_say(cat):
+    x, y = small(150)
+    training.seed_everything(0)
+    net = cat.CatVAE(3, 8, 2)
+    how = dict(labelled=torch.arange(6), some=torch.arange(10, 60), precision="float32")
+    scores, f, logits = cat.read(net, x=x, y=y, x_test=x[60:], y_test=y[60:], **how)
+    codes_of = cat.predict(net, x)[0]
+    assert torch.allclose(f, codes_of[60:], atol=1e-5)
+    assert math.isclose(scores["error"], cat.error(logits.argmax(dim=1), y[60:]))
+    for key, features in (("nearest_error", codes_of), ("pixel_error", x.flatten(1) / 255)):
+        known = KNeighborsClassifier(1, algorithm="brute").fit(features[:6].numpy(), y[:6].numpy())
+        expected = 1 - known.score(features[60:].numpy(), y[60:].numpy())
+        assert math.isclose(scores[key], expected, abs_tol=1e-6)
+    wrong = torch.cat([y[:10], (y[10:60] + 1) % 3, y[60:]])  # which labels each linear reader was fitted on
+    other, _, _ = cat.read(net, x=x, y=wrong, x_test=x[60:], y_test=y[60:], **how)
+    assert other["linear_error"] == scores["linear_error"]
+    assert other["probe_error"] > 0.9 > 0.1 > scores["probe_error"]
