@@ -9,6 +9,7 @@ This module runs no chapter code.
 """
 
 import ast
+import functools
 import hashlib
 import json
 import os
@@ -85,9 +86,16 @@ def write_digest(chapter):
 def digest_of_today(chapter):
     """The chapter's code digest; where there is no chapter, as in the wheel, the stored one, or None."""
     if chapter_file(chapter).is_file():
-        return code_digest(chapter)
+        files = [chapter_file(chapter), *(Path(__file__).with_name(f"{module}.py") for module in COMPUTING)]
+        return _remembered(chapter, tuple(file.read_bytes() for file in files))
     stored = data.data_root() / "records" / chapter / "digest.txt"
     return stored.read_text(encoding="utf-8").strip() if stored.is_file() else None
+
+
+@functools.lru_cache(maxsize=16)
+def _remembered(chapter, contents):
+    # A page asks a hundred times, and parsing takes a tenth of a second; contents are the key alone.
+    return code_digest(chapter)
 
 
 def write_atomic(path, text):

@@ -10,6 +10,7 @@ This module trains nothing, chooses nothing by a score and writes only what a sw
 import base64
 import csv
 import difflib
+import functools
 import html
 import json
 import os
@@ -251,17 +252,50 @@ def load(chapter=None, dataset=None, profile=None, method=None, study="headline"
     found, digests = [], {}
     for path in sorted((data.data_root() / "records").glob(f"{chapter or '*'}/*/*/*.json")):
         try:
-            bodies = json.loads(path.read_text(encoding="utf-8"))["records"]
+            bodies = _verified(path.name, path.read_text(encoding="utf-8"))
         except FileNotFoundError:  # a sweep beside us has just replaced it
             continue
         for body in bodies:
-            if body.get("sha256") != body_hash(body):
-                raise ValueError(f"{path.name}: record {body.get('method')} does not match its hash")
             if all(body[key] == value for key, value in given.items()):
                 if body["chapter"] not in digests:
                     digests[body["chapter"]] = digest_of_today(body["chapter"])
                 found.append(body | {"current": body["digest"] == digests[body["chapter"]]})
     return sorted(found, key=lambda body: [body[key] for key in ("chapter", "dataset", "profile", "seed")])
+
+
+@functools.lru_cache(maxsize=1000)
+def _verified(name, text):
+    bodies = json.loads(text)["records"]
+    for body in bodies:
+        if body.get("sha256") != body_hash(body):
+            raise ValueError(f"{name}: record {body.get('method')} does not match its hash")
+    return bodies
+
+
+def variant(chapter, dataset, profile, method, /, **changed):
+    """A method's records, of any study, whose parameters are the headline's but for those `changed`.
+
+    Returns: as `load`; [] when there are none, or no headline record to compare with.
+    """
+    found = load(chapter, dataset, profile, method, study=None)
+    headline = next((body["parameters"] for body in found if body["study"] == "headline"), None)
+    wanted = headline and headline | changed | {"seed": None}
+    return [body for body in found if body["parameters"] | {"seed": None} == wanted]
+
+
+def mean(records, key):
+    """The mean of one value over records, None when there are none."""
+    return float(np.mean([body[key] for body in records])) if records else None
+
+
+def verdict(hits, where):
+    """Words for a claim that was tested once per run: hits, a list of bools; where, the end of the sentence.
+    All hits is "holds", none "does not hold", anything between "partly", and no run "not run".
+    """
+    if not hits:
+        return f"not run {where}"
+    word = "holds" if all(hits) else "partly" if any(hits) else "does not hold"
+    return f"{word}, {sum(hits)} of {len(hits)} {where}"
 
 
 def by_method(records, metric="acc"):

@@ -244,6 +244,32 @@ def test_current_follows_the_chapter_and_in_its_absence_the_stored_digest(copy):
     assert module.body_hash(module.load()[0]) == module.load()[0]["sha256"]
 
 
+def test_a_variant_is_the_headline_with_these_parameters_changed_and_no_others(copy):
+    module, folder = copy
+    store(module, folder, "0-x")
+    store(module, folder, "1-x", seed=1)
+    store(module, folder, "0-a", study="rates", parameters={"lr": 0.2})
+    store(module, folder, "0-b", study="both", parameters={"lr": 0.2, "k": 3})
+    store(module, folder, "1-b", study="both", parameters={"lr": 0.2, "k": 3}, seed=1, method="IDEC")
+    store(module, folder, "2-x", study="again", seed=2)  # the headline's parameters under another name
+    asked = ("tiny", "mnist_5k", "quick", "DEC")
+    assert [r["seed"] for r in module.variant(*asked)] == [0, 1, 2]
+    assert [r["study"] for r in module.variant(*asked, lr=0.2)] == ["rates"]
+    assert [r["seed"] for r in module.variant(*asked, lr=0.2, k=3)] == [0]
+    assert module.variant(*asked, lr=0.3) == [] == module.variant("tiny", "mnist_5k", "quick", "VaDE")
+
+
+def test_means_and_verdicts_over_runs_name_what_was_not_run():
+    assert results.mean([{"acc": 0.5}, {"acc": 1.0}], "acc") == 0.75 and results.mean([], "acc") is None
+    words = [results.verdict(hits, "here") for hits in ([True, True], [True, False], [False], [])]
+    assert words == [
+        "holds, 2 of 2 here",
+        "partly, 1 of 2 here",
+        "does not hold, 0 of 1 here",
+        "not run here",
+    ]
+
+
 def test_scores_are_grouped_by_method_in_seed_order(copy):
     records = [
         {"method": m, "seed": s, "acc": a} for m, s, a in [("b", 1, 0.1), ("a", 0, 0.2), ("b", 0, 0.3)]
