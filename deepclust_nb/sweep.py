@@ -260,7 +260,9 @@ def run_one(run, threads=None, force=False):
     """
     target, notebook, digest = places(run)
     if target.is_file() and not force:
-        return "skipped", json.loads(target.read_text(encoding="utf-8"))["records"], 0.0
+        records = _named(target, run["study"])
+        _remove_superseded(target, records[0])
+        return "skipped", records, 0.0
     failure = notebook.with_suffix(".failed.json")
     failure.unlink(missing_ok=True)
     seconds, done = 0.0, "harvested"
@@ -279,6 +281,17 @@ def run_one(run, threads=None, force=False):
     results.write_atomic(target, json.dumps({"records": records}, indent=1) + "\n")
     _remove_superseded(target, records[0])
     return done, records, seconds
+
+
+def _named(target, study):
+    # What is the headline changes with the defaults; a run that two sweeps share keeps its first name.
+    records = json.loads(target.read_text(encoding="utf-8"))["records"]
+    if study != records[0]["study"] and "headline" in (study, records[0]["study"]):
+        for record in records:
+            record["study"] = study
+            record["sha256"] = results.body_hash(record)
+        results.write_atomic(target, json.dumps({"records": records}, indent=1) + "\n")
+    return records
 
 
 def _harvest(run, notebook, digest):

@@ -283,6 +283,27 @@ def test_a_study_does_not_replace_the_headline(planned):
     assert stored(folder) == ["0", "0", "2"]
 
 
+def test_a_run_whose_parameters_became_the_defaults_becomes_the_headline_and_back(planned):
+    sweep, folder, path, calls = planned
+    study = "chapter: tiny, dataset: mnist_5k, seeds: [0], parameters: {lr: 0.2}"
+    sweep.main([str(write(folder, "chapter: tiny, dataset: mnist_5k, seeds: [0]"))])
+    sweep.main([str(write(folder, study))])
+    cells = [(SETTINGS.replace("0.1", "0.2"), "parameters", None), (CHECK, None, None), (RUN, "run", None)]
+    notebook(cells, folder / "book/chapters/tiny.ipynb")
+    sweep.main([str(path)])
+    (file,) = (folder / "data/records").rglob("0-*.json")  # the old default's run is superseded
+    (record,) = json.loads(file.read_text())["records"]
+    assert (record["parameters"]["lr"], record["study"]) == (0.2, "headline") and calls == [0, 0]
+    assert record["sha256"] == results.body_hash(record)
+    other = write(folder, study).rename(folder / "book/experiments/other.yaml")
+    cells[0] = (SETTINGS, "parameters", None)
+    notebook(cells, folder / "book/chapters/tiny.ipynb")
+    for file_of_runs, name in ((other, "other"), (write(folder, study), "other")):
+        sweep.main([str(file_of_runs)])
+        assert json.loads(file.read_text())["records"][0]["study"] == name
+    assert calls == [0, 0]
+
+
 @pytest.mark.parametrize("fault", ["none", "chapter", "parameters"])
 def test_a_notebook_without_the_records_of_its_run_fails_once_and_is_not_harvested_again(
     planned, monkeypatch, fault
