@@ -288,14 +288,14 @@ def mean(records, key):
     return float(np.mean([body[key] for body in records])) if records else None
 
 
-def verdict(hits, where):
+def verdict(hits, where=""):
     """Words for a claim that was tested once per run: hits, a list of bools; where, the end of the sentence.
     All hits is "holds", none "does not hold", anything between "partly", and no run "not run".
     """
     if not hits:
-        return f"not run {where}"
+        return f"not run {where}".strip()
     word = "holds" if all(hits) else "partly" if any(hits) else "does not hold"
-    return f"{word}, {sum(hits)} of {len(hits)} {where}"
+    return f"{word}, {sum(hits)} of {len(hits)} {where}".strip()
 
 
 def by_method(records, metric="acc"):

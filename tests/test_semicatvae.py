@@ -134,6 +134,32 @@ def test_a_surely_wrong_image_gets_no_gradient_from_the_bounded_loss_alone(cat):
     assert flat.abs().max() < 1e-7 and steep.abs().max() > 0.99
 
 
+@pytest.mark.parametrize("k", [2, 3, 10, 100])
+def test_an_undecided_image_is_pulled_as_the_text_derives(cat, k):
+    logits = torch.zeros(1, k, dtype=torch.float64, requires_grad=True)
+    for loss_of, closed in (
+        (cat.assignment_loss, 4 * k * (k - 1) / (k**2 + 1) ** 2),
+        (cat.cross_entropy, 1 - 1 / k),
+    ):
+        (slope,) = torch.autograd.grad(loss_of(logits.softmax(dim=1), torch.tensor([k - 1])).sum(), logits)
+        assert -slope[0, -1] == pytest.approx(closed, rel=1e-9)
+
+
+def test_with_all_weights_one_the_brake_wins_and_with_the_papers_weights_the_label_does(cat):
+    """Where the two losses of one image are lowest, averaged over noise: the shape of Figure 3."""
+    at = torch.linspace(-1, 8, 91)
+    logits = torch.zeros(91, 10).index_copy_(1, torch.tensor([4]), at[:, None])
+    noise = cat.gumbel_noise((3000, 1, 10), generator=generator())
+    P = cat.gumbel_softmax((logits + noise).flatten(0, 1), 0, 1.0)
+    label = torch.full((len(P),), 4)
+    pulled = cat.assignment_loss(P, label).unflatten(0, (-1, 91)).mean(dim=0)
+    braked = torch.stack([cat.category_loss(row[None]) for row in logits])
+    lowest = [
+        at[(a * pulled + c * braked).argmin()] for a, c in ((1, 1), (5, 1), (30, 1), (1, 0.4), (1, 0.1))
+    ]
+    assert 0.5 < lowest[0] < 1.5 and lowest[1:] == [8.0] * 4
+
+
 def test_feature_loss_equals_its_definition_in_loops(cat):
     f, given = codes(12), torch.tensor([0, 1, 2, 0, 1])
     assigned = torch.cat([given, torch.tensor([0, 0, 1, 2, 2, 1, 0])])
