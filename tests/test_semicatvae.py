@@ -491,14 +491,42 @@ def test_with_all_labels_nothing_is_borrowed(cat):
     assert cat.error(cat.predict(net, x)[1].argmax(dim=1), y) < 0.05
 
 
-@pytest.mark.parametrize("others", [0, 54])
-@pytest.mark.parametrize("moves", ["none", "affine"])
-def test_the_neighbours_learn_the_labelled_images(cat, others, moves):
+def test_with_all_labels_moved_copies_cost_no_second_pass(cat, monkeypatch):
+    torch.manual_seed(0)
+    net, (x, y) = cat.CatVAE(3, 8, 2), small(9)
+    images = cat.prepared(x)
+    monkeypatch.setattr(cat, "borrow", None)  # calling it would fail
+    loss, _ = cat.objective(net, images, images.roll(1, dims=3), y, **SETTINGS)
+    assert loss.isfinite()
+
+
+def neighbour(cat, moves, others=54, iterations=20):
     x, y = small()
     training.seed_everything(0)
     net = cat.CatVAE(3, 8, 2)
-    how = dict(iterations=80, batch_size=24, lr=0.01, seed=0, precision="float32", moves=moves)
+    how = dict(iterations=iterations, batch_size=24, lr=0.01, seed=0, precision="float32", moves=moves)
     cat.train_neighbour(net, x, torch.arange(6), y[:6], torch.arange(6, 6 + others), **how)
+    return net
+
+
+@pytest.mark.parametrize("others", [0, 54])
+def test_the_neighbours_see_moved_copies_when_the_method_does(cat, others):
+    weights = [neighbour(cat, moves, others).head[0].weight for moves in ("none", "affine")]
+    assert not torch.allclose(*weights)
+
+
+@pytest.mark.parametrize("run", [lambda cat: neighbour(cat, "none"), trained], ids=["neighbour", "method"])
+def test_the_rate_has_fallen_to_zero_at_the_end_of_a_run(cat, monkeypatch, run):
+    kept, falling_rate = [], cat.falling_rate
+    monkeypatch.setattr(cat, "falling_rate", lambda *given: kept.append(falling_rate(*given)) or kept[-1])
+    run(cat)
+    assert kept[0].get_last_lr() == [pytest.approx(0, abs=1e-9)]
+
+
+@pytest.mark.parametrize("others", [0, 54])
+@pytest.mark.parametrize("moves", ["none", "affine"])
+def test_the_neighbours_learn_the_labelled_images(cat, others, moves):
+    (x, y), net = small(), neighbour(cat, moves, others, iterations=80)
     assert cat.error(cat.predict(net, x[:6])[1].argmax(dim=1), y[:6]) == 0
     if others:
         logits = cat.predict(net, x[6:])[1]
