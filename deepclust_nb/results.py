@@ -277,9 +277,10 @@ def variant(chapter, dataset, profile, method, /, **changed):
 
     Returns: as `load`; [] when there are none, or no headline record to compare with.
     """
-    found = load(chapter, dataset, profile, method, study=None)
+    found = load(chapter, dataset, profile, study=None)
     headline = next((body["parameters"] for body in found if body["study"] == "headline"), None)
     wanted = headline and headline | changed | {"seed": None}
+    found = [body for body in found if body["method"] == method]  # a rival may be in the variant alone
     return [body for body in found if body["parameters"] | {"seed": None} == wanted]
 
 

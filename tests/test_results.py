@@ -256,6 +256,7 @@ def test_a_variant_is_the_headline_with_these_parameters_changed_and_no_others(c
     assert [r["seed"] for r in module.variant(*asked)] == [0, 1, 2]
     assert [r["study"] for r in module.variant(*asked, lr=0.2)] == ["rates"]
     assert [r["seed"] for r in module.variant(*asked, lr=0.2, k=3)] == [0]
+    assert [r["seed"] for r in module.variant(*asked[:3], "IDEC", lr=0.2, k=3)] == [1]
     assert module.variant(*asked, lr=0.3) == [] == module.variant("tiny", "mnist_5k", "quick", "VaDE")
 
 
