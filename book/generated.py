@@ -37,14 +37,14 @@ def _reported(chapter, method, dataset, metric="acc"):
 
 def chapter_table(prefix="book/"):
     """Markdown table of the chapters: data, minutes of a quick run, our ACC beside the paper's."""
-    from deepclust_nb import results
+    from deepclust_nb import records as stored
 
     rows = []
     for name in chapters():
         notebook = read_notebook(BOOK / "chapters" / f"{name}.ipynb")
         title = re.search(r"^# (.+)$", notebook.cells[0].source, re.M).group(1).strip()
         seconds = notebook.metadata.get("deepclust", {}).get("seconds")
-        records, ours, paper, data = results.load(chapter=name), "not measured yet", "–", "–"
+        records, ours, paper, data = stored.load(chapter=name), "not measured yet", "–", "–"
         for profile in PROFILES:
             # a run's own method comes last in its file, and so in the list of all
             here = [record for record in records if record["profile"] == profile and "acc" in record]
@@ -63,10 +63,10 @@ def chapter_table(prefix="book/"):
 
 def status_table(prefix=""):
     """Markdown table of every headline record: method, data, profile, seeds, ours beside the paper's."""
-    from deepclust_nb import results
+    from deepclust_nb import records
 
     groups = {}
-    for record in (r for name in chapters() for r in results.load(chapter=name)):
+    for record in (r for name in chapters() for r in records.load(chapter=name)):
         key = (record["chapter"], record["dataset"], record["profile"], record["method"])
         groups.setdefault(key, []).append(record)
     rows = []

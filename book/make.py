@@ -1,7 +1,9 @@
 """Run, render, refresh and check the book: what `make book|html|serve|refresh|records|test` do.
 
-Pages are never built where they are written: `book/` is copied to `_build/source`, chapters are executed
-and generated text is filled in there, so that no command but `refresh` and `records` changes a tracked file.
+Pages are never built where they are written: `book/` is copied to a folder of the command's own under
+`_build`, chapters are executed and generated text is filled in there. So no command but `refresh` and
+`records` changes a tracked file, and two commands can run side by side; those two and `test` wait for one
+another.
 """
 
 import argparse
@@ -15,17 +17,27 @@ from concurrent.futures import ThreadPoolExecutor
 
 from generated import fill
 from refresh import records, refresh
-from running import BOOK, BUILD, ROOT, chapters, default_parameters, progress, run_chapter
+from running import (
+    BOOK,
+    BUILD,
+    ROOT,
+    alone,
+    chapters,
+    default_parameters,
+    progress,
+    run_chapter,
+    tree_state,
+    work_folder,
+)
 
-SOURCE, HTML = BUILD / "source", BUILD / "html"
+HTML = BUILD / "html"
+BUSY = "another make is at work on the notebooks (refresh, records or test)"
 
 
-def copy_source():
-    """A fresh copy of book/ in _build/source."""
-    shutil.rmtree(SOURCE, ignore_errors=True)
-    shutil.copytree(
-        BOOK, SOURCE, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.part")
-    )
+def copy_source(folder):
+    """A fresh copy of book/ in a work folder; returns where."""
+    ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.part")
+    return shutil.copytree(BOOK, folder / "source", ignore=ignored)
 
 
 # What a browser fetches by itself: sources of scripts, pictures and frames, stylesheets and fonts. Not links.
@@ -50,54 +62,64 @@ def loads_from_outside(folder):
     return [(path.relative_to(folder).as_posix(), next(filter(None, m.groups()))) for path, m in found]
 
 
-def render():
-    """Fill the generated text and build the pages, warnings as errors; return the first page's path."""
-    for page in SOURCE.rglob("*.md"):
+def render(source, work):
+    """Fill the generated text of the pages in `source` and build them in `work`, warnings as errors; return
+    the folder of pages."""
+    for page in source.rglob("*.md"):
         text = page.read_text(encoding="utf-8")
         if "<!-- generated:" in text:
-            page.write_text(fill(text, "../" * (len(page.relative_to(SOURCE).parts) - 1)), encoding="utf-8")
-    # a cached page would keep its warnings to itself
-    for folder in (HTML, BUILD / ".doctrees"):
-        shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(SOURCE)]
-    command += ["--path-output", str(ROOT), "--config", str(ROOT / "_config.yml"), "-W", "--keep-going"]
+            page.write_text(fill(text, "../" * (len(page.relative_to(source).parts) - 1)), encoding="utf-8")
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(source)]
+    command += ["--path-output", str(work), "--config", str(ROOT / "_config.yml"), "-W", "--keep-going"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    (BUILD / "html.log").write_text(done.stdout, encoding="utf-8")
-    if done.returncode or not (HTML / "index.html").exists():
+    pages = work / "_build" / "html"
+    if done.returncode or not (pages / "index.html").exists():
+        (BUILD / "html.log").write_text(done.stdout, encoding="utf-8")
         lines = [line for line in done.stdout.splitlines() if re.search("WARNING|ERROR|Error:", line)]
         raise SystemExit(
             "\n".join(lines[:20]) + "\nThe pages were not built; the whole log is _build/html.log."
         )
     outside = [
         f"{page} loads {address}: pages load nothing from outside."
-        for page, address in loads_from_outside(HTML)
+        for page, address in loads_from_outside(pages)
     ]
     if outside:
         raise SystemExit("\n".join(outside))
+    return pages
+
+
+def publish(pages):
+    """Put built pages in the place of those in _build/html; return the first page's path."""
+    with alone("html", "another make is putting its pages into _build/html"):
+        before = pages.with_name("before")
+        if HTML.exists():
+            os.replace(HTML, before)
+        os.replace(pages, HTML)
     return HTML / "index.html"
 
 
 def html(_=None):
-    copy_source()
-    print(f"The book, from its committed outputs: {render()}")
+    with work_folder("html") as work:
+        print(f"The book, from its committed outputs: {publish(render(copy_source(work), work))}")
 
 
 def book(_):
-    from deepclust_nb import results
+    from deepclust_nb import records
 
-    copy_source()
-    print("Running the chapters at their quick profile:")
-    runs = {}
-    for name in chapters():
-        path = SOURCE / "chapters" / f"{name}.ipynb"
-        runs[name] = (*run_chapter(path, path, {}), path)
-    with progress("Rendering the pages"):
-        page = render()
-    print(f"\n{'chapter':<14}{'data':<12}{'ACC':<24}seconds")
-    for name, (seconds, failure, path) in runs.items():
-        last = {} if failure else (results.recorded(path) or [{}])[-1]
-        acc = f"{last['acc']:.3f} ({last['method']})" if "acc" in last else "failed" if failure else "–"
-        print(f"{name:<14}{last.get('dataset', '–'):<12}{acc:<24}{'–' if failure else f'{seconds:.0f}'}")
+    with work_folder("book") as work:
+        source, runs = copy_source(work), {}
+        print("Running the chapters at their quick profile:")
+        for name in chapters():
+            path = source / "chapters" / f"{name}.ipynb"
+            runs[name] = (*run_chapter(path, path, {}), path)
+        with progress("Rendering the pages"):
+            page = publish(render(source, work))
+        print(f"\n{'chapter':<14}{'data':<12}{'ACC':<24}seconds")
+        for name, (seconds, failure, path) in runs.items():
+            last = {} if failure else (records.displayed(path)[0] or [{}])[-1]
+            acc = f"{last['acc']:.3f} ({last['method']})" if "acc" in last else "failed" if failure else "–"
+            took = "–" if failure else f"{seconds:.0f}"
+            print(f"{name:<14}{last.get('dataset', '–'):<12}{acc:<24}{took}")
     print(f"\nThe book: {page}")
     sys.exit(any(failure for _, failure, _ in runs.values()))
 
@@ -109,7 +131,14 @@ def serve(options):
     if not (HTML / "index.html").exists():
         html()
     handler = partial(SimpleHTTPRequestHandler, directory=HTML)
-    with ThreadingHTTPServer(("127.0.0.1", options.port), handler) as server:
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", options.port), handler)
+    except OverflowError:
+        raise SystemExit(f"A port is a number from 0 to 65535, got {options.port}.") from None
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise SystemExit(f"Port {options.port} is not to be had ({why}): make serve PORT=8001") from None
+    with server:
         print(f"The book is at http://127.0.0.1:{server.server_port}/ (stop with Ctrl-C)", flush=True)
         try:
             server.serve_forever()
@@ -126,50 +155,55 @@ def _run(*command, **environment):
     )
 
 
-def _other_parameters():
+def _other_parameters(work):
     """Each chapter once with another seed and the other bundled data set, as papermill users do."""
 
     def one(name):
         known, other = default_parameters(name), {"seed": 101, "dataset": "fashion_5k"}
         path = BOOK / "chapters" / f"{name}.ipynb"
         asked = {key: value for key, value in other.items() if key in known}
-        return run_chapter(path, BUILD / "check" / path.name, asked, threads=1)[1] is None
+        return run_chapter(path, work / "check" / path.name, asked, threads=1)[1] is None
 
     with ThreadPoolExecutor(2) as pool:
         return all(list(pool.map(one, chapters())))
 
 
-def _html_stage():
+def _pages(work):
     try:
-        html()
+        render(copy_source(work), work)
     except SystemExit as stop:
         print(stop)
         return False
     return True
 
 
-def test(_):
-    def tree():
-        return subprocess.run(
-            ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True
-        ).stdout
+def _same_tree(before):
+    after = tree_state()
+    if after is None:
+        print("This is no git checkout, or git is not at hand: whether files changed was not looked at.")
+    elif after != before:
+        print(f"The run changed the tree:\n{after}")
+    return after == before
 
-    before, outcome = tree(), []
+
+def test(_):
+    before, outcome = tree_state(), []
     nbval = "-n 2 --dist loadscope --nbval-lax --nbval-cell-timeout 300 --nbval-sanitize-with tests/nbval.cfg"
     units = ["-n", "2", "--dist", "loadfile", "-m", "not long", "--ignore", "tests/benchmarks"]
-    stages = {
-        "format": lambda: _run("ruff", "format", "--check", "."),
-        "lint": lambda: _run("ruff", "check", "."),
-        "pages": _html_stage,
-        "units": lambda: _run("pytest", "-q", *units, "tests"),
-        "chapters": lambda: _run("pytest", "-q", *nbval.split(), "-o", "timeout=600", "book/chapters"),
-        "other parameters": _other_parameters,
-        "clean tree": lambda: tree() == before or print(f"The run changed the tree:\n{tree()}"),
-    }
-    for name, stage in stages.items():
-        print(f"\n== {name}", flush=True)
-        start = time.monotonic()
-        outcome.append((name, bool(stage()), time.monotonic() - start))
+    with alone("tree", BUSY), work_folder("test") as work:
+        stages = {
+            "format": lambda: _run("ruff", "format", "--check", "."),
+            "lint": lambda: _run("ruff", "check", "."),
+            "pages": lambda: _pages(work),
+            "units": lambda: _run("pytest", "-q", *units, "tests"),
+            "chapters": lambda: _run("pytest", "-q", *nbval.split(), "-o", "timeout=600", "book/chapters"),
+            "other parameters": lambda: _other_parameters(work),
+            "clean tree": lambda: _same_tree(before),
+        }
+        for name, stage in stages.items():
+            print(f"\n== {name}", flush=True)
+            start = time.monotonic()
+            outcome.append((name, bool(stage()), time.monotonic() - start))
     print()
     for name, passed, seconds in outcome:
         print(f"{name:<18}{'passed' if passed else 'FAILED':<8}{seconds:6.0f} s")
@@ -189,7 +223,19 @@ def main():
             sub.add_argument("--all", action="store_true")
             sub.add_argument("chapters", nargs="*", metavar="CHAPTER")
     options = parser.parse_args()
-    options.call(options)
+    try:
+        if options.call in (refresh, records):
+            with alone("tree", BUSY):
+                options.call(options)
+        else:
+            options.call(options)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except ValueError as error:  # a damaged record, named
+        raise SystemExit(str(error)) from None
+    except PermissionError as error:
+        raise SystemExit(f"{error.filename} cannot be written: permission denied.") from None
 
 
 if __name__ == "__main__":

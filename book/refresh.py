@@ -9,12 +9,12 @@ import sys
 from generated import fill
 from running import (
     BOOK,
-    BUILD,
     ROOT,
     chapters,
     default_parameters,
     read_notebook,
     run_chapter,
+    work_folder,
     write_atomically,
 )
 
@@ -78,59 +78,58 @@ def merge(stored, fresh):
 
 
 def refresh(options):
-    import nbformat
-
-    from deepclust_nb import results
-
-    failed = False
-    for name in options.chapters or chapters():
-        path = BOOK / "chapters" / f"{name}.ipynb"
-        stored = read_notebook(path)
-        results.write_digest(name)
-        shown, known = results.shown_digest(name), stored.metadata.get("deepclust", {})
-        if known.get("shown") == shown and not options.all:
-            print(f"  {name}  is up to date")
-            continue
-        target = BUILD / "refresh" / f"{name}.ipynb"
-        # one thread, as the chapter's test runs it: the order of sums, and so the last digits, depend on it
-        seconds, failure = run_chapter(path, target, {}, threads=1)
-        if failure:
-            failed = True
-            continue
-        report = merge(stored, read_notebook(target))
-        # rounded and sticky, so that two refreshes of the same code write the same bytes
-        about = known.get("seconds") if known.get("shown") == shown else None
-        stored.metadata["deepclust"] = {"seconds": about or 10 * round(seconds / 10 + 0.5), "shown": shown}
-        write_atomically(path, nbformat.writes(stored) + "\n")
-        print("\n".join(report) or "  no checked output changed")
+    with work_folder("refresh") as work:
+        failed = [name for name in options.chapters or chapters() if not _refreshed(name, work, options.all)]
     readme = ROOT / "README.md"
     write_atomically(readme, fill(readme.read_text(encoding="utf-8"), "book/"))
-    sys.exit(failed)
+    sys.exit(bool(failed))
+
+
+def _refreshed(name, work, always):
+    """Store a chapter's outputs anew unless they are of today's code; returns whether they are now."""
+    import nbformat
+
+    from deepclust_nb import digest
+
+    path = BOOK / "chapters" / f"{name}.ipynb"
+    stored = read_notebook(path)
+    digest.write_digest(name)
+    shown, known = digest.shown_digest(name), stored.metadata.get("deepclust", {})
+    if known.get("shown") == shown and not always:
+        print(f"  {name}  is up to date")
+        return True
+    target = work / f"{name}.ipynb"
+    # one thread, as the chapter's test runs it: the order of sums, and so the last digits, depend on it
+    seconds, failure = run_chapter(path, target, {}, threads=1)
+    if failure:
+        return False
+    report = merge(stored, read_notebook(target))
+    # rounded and sticky, so that two refreshes of the same code write the same bytes
+    about = known.get("seconds") if known.get("shown") == shown else None
+    stored.metadata["deepclust"] = {"seconds": about or 10 * round(seconds / 10 + 0.5), "shown": shown}
+    write_atomically(path, nbformat.writes(stored) + "\n")
+    print("\n".join(report) or "  no checked output changed")
+    return True
 
 
 def records(_):
     """Record the quick profile again, then drop those of older code: a band mixes no two."""
-    from deepclust_nb import results
+    from deepclust_nb import digest
+    from deepclust_nb import records as stored
 
-    runs = [
-        {
-            "chapter": name,
-            "dataset": default_parameters(name)["dataset"],
-            "profile": "quick",
-            "seeds": [0, 1, 2, 3, 4],
-        }
-        for name in chapters()
-    ]
-    BUILD.mkdir(exist_ok=True)
-    (BUILD / "quick.yaml").write_text(json.dumps({"runs": runs}, indent=1), encoding="utf-8")  # JSON is YAML
-    command = [sys.executable, "-m", "deepclust_nb.sweep", str(BUILD / "quick.yaml"), "--force"]
-    if subprocess.run([*command, "--threads", "1", "--workers", "2"], cwd=ROOT).returncode:
-        sys.exit(1)
+    quick = {"profile": "quick", "seeds": [0, 1, 2, 3, 4]}
+    runs = [{"chapter": name, "dataset": default_parameters(name)["dataset"], **quick} for name in chapters()]
+    with work_folder("records") as work:
+        as_yaml = json.dumps({"threads": 1, "runs": runs}, indent=1)  # JSON is YAML
+        (work / "quick.yaml").write_text(as_yaml, encoding="utf-8")
+        command = [sys.executable, "-m", "deepclust_nb.sweep", str(work / "quick.yaml"), "--force"]
+        if subprocess.run([*command, "--workers", "2"], cwd=ROOT).returncode:
+            sys.exit(1)
     for name in chapters():
-        results.write_digest(name)
+        digest.write_digest(name)
         for path in (ROOT / "data" / "records" / name).glob("*/quick/*.json"):
-            found = json.loads(path.read_text(encoding="utf-8"))["records"]
+            found = stored.read(path)
             headline = all(record["study"] == "headline" for record in found)
-            if headline and any(record["digest"] != results.code_digest(name) for record in found):
+            if headline and any(record["digest"] != digest.code_digest(name) for record in found):
                 path.unlink()
                 print(f"  removed {path.relative_to(ROOT)}, which was of older code")

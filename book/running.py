@@ -1,8 +1,10 @@
-"""The book's chapters: their names, their notebooks, and a run of one with a progress line."""
+"""The book's chapters: their names, their notebooks, a run with a progress line, and places to work."""
 
-import ast
 import os
+import shutil
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import contextmanager
@@ -36,16 +38,53 @@ def write_atomically(path, text):
 
 def default_parameters(name):
     """The quick profile: what the chapter's `parameters` cell assigns, as a dict."""
-    for cell in read_notebook(BOOK / "chapters" / f"{name}.ipynb").cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            lines = [
-                node for node in ast.parse(cell.source).body if isinstance(node, ast.Assign | ast.AnnAssign)
-            ]
-            names = [node.targets[0] if isinstance(node, ast.Assign) else node.target for node in lines]
-            return {
-                target.id: ast.literal_eval(node.value) for target, node in zip(names, lines, strict=True)
-            }
-    raise SystemExit(f"{name}.ipynb has no cell tagged parameters.")
+    from deepclust_nb.sweep import plan
+
+    return plan.defaults(BOOK / "chapters" / f"{name}.ipynb")
+
+
+def tree_state():
+    """What `git status` prints of this checkout, or None where it is none or git is not at hand."""
+
+    def git(*command):
+        return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True)
+
+    try:
+        top = git("rev-parse", "--show-toplevel")
+    except OSError:
+        return None
+    if top.returncode or Path(top.stdout.strip()).resolve() != ROOT:
+        return None
+    return git("status", "--porcelain").stdout
+
+
+@contextmanager
+def work_folder(command):
+    """A folder under _build for one command alone, removed when it ends: two may run side by side."""
+    BUILD.mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{command}-", dir=BUILD))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def alone(name, what):
+    """Hold the lock `name`; another command that asks for it waits, and says so with `what` it waits for."""
+    import filelock
+
+    BUILD.mkdir(exist_ok=True)
+    lock = filelock.FileLock(BUILD / f"{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"Waiting: {what} in this checkout.", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -75,12 +114,12 @@ def progress(label):
 
 def run_chapter(source, target, parameters, threads=None):
     """Execute `source` into `target`; return (seconds, None) or (None, what failed)."""
-    from deepclust_nb import sweep
+    from deepclust_nb.sweep import run
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with progress(f"  {source.stem}"):
-            return sweep.run_notebook(source, target, parameters, threads=threads), None
-    except sweep.RunFailed as error:
+            return run.run_notebook(source, target, parameters, threads=threads), None
+    except run.RunFailed as error:
         print(f"  {source.stem} failed: {error}", flush=True)
         return None, str(error)

@@ -165,6 +165,7 @@ def self_train(
     tol=0.001,
     batch_size=256,
     target="all",
+    max_share=0.9,
     precision="float32",
 ):
     """The loop of DEC (gamma None) and IDEC (gamma a number).
@@ -176,6 +177,7 @@ def self_train(
         tol: stop when a smaller share of labels changed between two refreshes.
         target: "all" takes P from all data every update_interval steps, as the paper has it; "batch" takes
             it from the current batch at every step, as several public packages do.
+        max_share: highest share of the points that one cluster may hold before the run stops as collapsed.
         precision: see `training.steps`.
     Yields: State at step 0, every update_interval steps, and at the end.
     Raises: ValueError before training for a bad setting; training.CollapseError; FloatingPointError.
@@ -195,7 +197,7 @@ def self_train(
     state = None
     for step in loop:
         if step.number % update_interval == 0:
-            state = _refresh(model, x, centroids, loop, state, tol)
+            state = _refresh(model, x, centroids, loop, state, tol, max_share)
             yield state
             if state.converged:
                 return
@@ -212,11 +214,11 @@ def self_train(
             reconstruction = F.mse_loss(x_hat.float(), batch)
             terms = {"reconstruction": reconstruction, "clustering": clustering}
             step.update(update, reconstruction + gamma * clustering, terms)
-    yield _refresh(model, x, centroids, loop, state, tol)
+    yield _refresh(model, x, centroids, loop, state, tol, max_share)
 
 
 @torch.no_grad()
-def _refresh(model, x, centroids, loop, previous, tol):
+def _refresh(model, x, centroids, loop, previous, tol, max_share):
     z = encode(model, x, loop.precision)
     q = student_t(z, centroids)
     labels = q.argmax(dim=1).cpu().numpy()
@@ -230,7 +232,7 @@ def _refresh(model, x, centroids, loop, previous, tol):
         labels=labels,
         changed=changed,
         centroids=centroids.detach().clone(),
-        sizes=loop.watch_clusters(labels, len(centroids)),
+        sizes=loop.watch_clusters(labels, len(centroids), max_share),
         losses=loop.means(since),
         converged=previous is not None and changed < tol,
     )

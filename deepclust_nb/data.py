@@ -28,6 +28,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .places import CACHE, DATA, data_root
+
 
 class Dataset(NamedTuple):
     """One data set, or one split of it, whole in memory.
@@ -71,11 +73,19 @@ def load(name, split="all"):
     return Dataset(x, y, name, split)
 
 
+def size(name, split="all"):
+    """How many items a split of a data set in `SIZES` has, without loading it; KeyError for another name."""
+    train, test = SIZES[name]
+    return {"train": train, "test": test, "all": train + test}[split]
+
+
 def to_float(x):
     """uint8 images as float32 in [0, 1]; float32 vectors unchanged. Any shape, any device; meant for a batch.
 
-    Raises TypeError for any other type, which has no agreed range.
+    x: a tensor, or a NumPy array. Returns a tensor. Raises TypeError for any other type, which has no agreed
+    range.
     """
+    x = torch.as_tensor(x)
     if x.dtype == torch.uint8:
         return x.to(torch.float32) / 255
     if x.dtype == torch.float32:
@@ -110,18 +120,6 @@ def labelled_subset(y, n_labels, seed):
     return torch.from_numpy(np.sort(np.concatenate(chosen)).astype(np.int64))
 
 
-def data_root():
-    """The folder that holds bundled/, papers/ and records/: in an installed package, or `data` of a checkout.
-
-    Raises FileNotFoundError where neither is there.
-    """
-    package = Path(__file__).resolve().parent
-    for root in (package / "_data", package.parent / "data"):
-        if (root / "bundled").is_dir():
-            return root
-    raise FileNotFoundError(f"There is no data folder in {package} or beside it: install the package again.")
-
-
 def import_torchvision():
     """The torchvision module, also where torch has no CUDA but the installed torchvision was built for it.
 
@@ -147,7 +145,7 @@ def _find(name, source):
     if source.bundled:
         path = data_root() / "bundled" / source.stored
         return _checked(path, SHA256[source.stored], "install the package again")
-    folder = os.environ.get("DEEPCLUST_DATA")
+    folder = os.environ.get(DATA)
     if folder and not Path(folder).is_dir():
         raise FileNotFoundError(f"DEEPCLUST_DATA names the folder {folder!r}, which does not exist.")
     if folder and source.stored and (path := Path(folder, source.stored)).is_file():
@@ -155,7 +153,7 @@ def _find(name, source):
     if source.fetch is None:
         remedy = f"set DEEPCLUST_DATA to a folder that holds {source.stored}; it cannot be downloaded"
         raise FileNotFoundError(f"{name} is not at hand: {remedy}.")
-    cache = os.environ.get("DEEPCLUST_CACHE") or _need("pooch", f"Fetching {name}").os_cache("deepclust_nb")
+    cache = os.environ.get(CACHE) or _need("pooch", f"Fetching {name}").os_cache("deepclust_nb")
     path = Path(cache, f"{name}.npz")
     if not path.is_file():
         _fetch_once(name, source, path)
@@ -166,7 +164,8 @@ def _find(name, source):
 
 def _checked(path, expected, remedy):
     if (found := _sha256(path, path.stat().st_mtime_ns)) != expected:
-        raise OSError(f"{path} is damaged (its sha256 is {found}, but should be {expected}): {remedy}.")
+        what = f"{path} is damaged, or a file of another origin with the same name"
+        raise OSError(f"{what} (its sha256 is {found}, but should be {expected}): {remedy}.")
     return path
 
 
@@ -357,3 +356,6 @@ SOURCES = {
     "cifar10_jpeg": _Source("cifar10_jpeg.npz", prepare=_jpeg_images),
 }
 NAMES = tuple(SOURCES)
+# Items of the train and the test part, for limits that are checked before anything is loaded.
+SIZES = {"mnist_5k": (4_000, 1_000), "fashion_5k": (4_000, 1_000), "usps": (7_291, 2_007)}
+SIZES |= {"mnist": (60_000, 10_000), "fashion": (60_000, 10_000), "svhn": (73_257, 26_032)}

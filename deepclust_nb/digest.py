@@ -2,8 +2,9 @@
 record.
 
 Two digests per chapter: `code_digest` for what decides the numbers, `shown_digest` for what the stored
-outputs of its notebook depend on. Code counts when the chapter's cells reach it by name; this may take in a
-definition too many (any attribute of the same name does it), never one too few.
+outputs of its notebook depend on. Code counts when the chapter's cells or the recorder reach it by name; this
+may take in a definition too many (any attribute of the same name does it), never one too few. `state` is a
+kernel's word on what it runs.
 
 This module runs no chapter code.
 """
@@ -13,22 +14,14 @@ import functools
 import hashlib
 import json
 import os
+import subprocess
 from pathlib import Path
 
-from . import data
+from .places import RECORDING, chapter_file, data_root, root, write_atomic
 
 COMPUTING = ("data", "metrics", "networks", "training", "baselines")
-DISPLAYING = (*COMPUTING, "plots", "results")
-
-
-def root():
-    """The folder that holds the package: the checkout, or site-packages once installed."""
-    return Path(__file__).resolve().parents[1]
-
-
-def chapter_file(chapter):
-    """Where a chapter's notebook lies in a checkout; the file need not exist."""
-    return root() / "book" / "chapters" / f"{chapter}.ipynb"
+DECIDING = {"definition", "run"}  # tags of the cells that make numbers
+DISPLAYING = (*COMPUTING, "checks", "plots", "records", "results")
 
 
 def canonical(value):
@@ -48,14 +41,20 @@ def code_digest(chapter):
 
     Hashed are the syntax trees, without comments and docstrings, of the chapter's `definition` and `run`
     cells and of the top-level definitions of the computing modules (data, metrics, networks, training,
-    baselines) that those cells reach by name, directly or through one another. A definition that no cell
-    reaches does not count.
+    baselines) that those cells, or `records.record`, reach by name, directly or through one another. A
+    definition that nothing of this reaches does not count.
 
     Returns: 64 hexadecimal digits, the same on every Python version and machine.
     Raises: FileNotFoundError when the checkout has no such chapter; SyntaxError for a cell that does not
     parse.
     """
-    return _digest(_statements(chapter, {"definition", "run"}), COMPUTING)
+    recorder = [node for _, name, node in _definitions("records") if name == "record"]
+    return _digest(_statements(chapter_file(chapter), DECIDING), COMPUTING, reach=recorder)
+
+
+def cells_digest(notebook):
+    """Digest of the `definition` and `run` cells alone, of any notebook file: what an executed one ran."""
+    return sha256(_tree(_statements(notebook, DECIDING)))
 
 
 def shown_digest(chapter):
@@ -66,29 +65,70 @@ def shown_digest(chapter):
     Returns: 64 hexadecimal digits.
     Raises: as `code_digest`.
     """
-    statements = _statements(chapter, None)
+    statements = _statements(chapter_file(chapter), None)
     named = {node.value for top in statements for node in ast.walk(top) if isinstance(node, ast.Constant)}
-    records, papers = data.data_root() / "records", data.data_root() / "papers"
+    records, papers = data_root() / "records", data_root() / "papers"
     every = not (records / chapter).is_dir()
     files = [path for path in papers.glob("*.csv")]
     for path in records.rglob("*.json"):
         if every or path.relative_to(records).parts[0] in {chapter, *named}:
             files.append(path)
-    contents = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in sorted(files)]
+    # As text with its line ends normalised: a checkout on Windows holds the same.
+    contents = [[path.name, sha256(path.read_text(encoding="utf-8"))] for path in sorted(files)]
     return _digest(statements, DISPLAYING, contents)
+
+
+def state():
+    """What this kernel runs, while a sweep records it (DEEPCLUST_RECORDING): package, digest and commit.
+
+    Taken at the first call, that of the `check` cell, so that a file saved or a commit made later changes
+    nothing. The sweep compares it with what it meant to run.
+
+    Returns: a dict with package (the folder it was imported from), digest and commit, or None without a
+        recording sweep.
+    """
+    chapter = os.environ.get(RECORDING)
+    return _stated(chapter) if chapter else None
+
+
+@functools.cache
+def _stated(chapter):
+    digest = code_digest(chapter) if chapter_file(chapter).is_file() else None
+    return {"package": str(root()), "digest": digest, "commit": commit()}
+
+
+def commit():
+    """The commit of this checkout, with "+changes" where its code differs; None outside one (a package that
+    lies inside another repository included) and without git.
+    """
+
+    def git(*command):
+        done = subprocess.run(["git", "-C", str(root()), *command], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        top = git("rev-parse", "--show-toplevel")
+        if not top or Path(top).resolve() != root():
+            return None
+        changed = git("status", "--porcelain", "--", "deepclust_nb", "book/chapters", "book/experiments")
+        head = git("rev-parse", "HEAD")
+    except OSError:
+        return None
+    return (head + ("+changes" if changed else "")) or None
 
 
 def write_digest(chapter):
     """Store the chapter's code digest beside its records, for copies of these without the chapters."""
-    write_atomic(data.data_root() / "records" / chapter / "digest.txt", code_digest(chapter) + "\n")
+    write_atomic(data_root() / "records" / chapter / "digest.txt", code_digest(chapter) + "\n")
 
 
 def digest_of_today(chapter):
     """The chapter's code digest; where there is no chapter, as in the wheel, the stored one, or None."""
     if chapter_file(chapter).is_file():
-        files = [chapter_file(chapter), *(Path(__file__).with_name(f"{module}.py") for module in COMPUTING)]
+        modules = (*COMPUTING, "records")
+        files = [chapter_file(chapter), *(Path(__file__).with_name(f"{module}.py") for module in modules)]
         return _remembered(chapter, tuple(file.read_bytes() for file in files))
-    stored = data.data_root() / "records" / chapter / "digest.txt"
+    stored = data_root() / "records" / chapter / "digest.txt"
     return stored.read_text(encoding="utf-8").strip() if stored.is_file() else None
 
 
@@ -98,16 +138,8 @@ def _remembered(chapter, contents):
     return code_digest(chapter)
 
 
-def write_atomic(path, text):
-    """Write text so that neither a reader nor a killed writer meets half a file; folders are made at need."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def _digest(statements, modules, more=()):
-    names = {name for statement in statements for name in _identifiers(statement)}
+def _digest(statements, modules, more=(), reach=()):
+    names = {name for tree in (*statements, *reach) for name in _identifiers(tree)}
     definitions, reached, size = [x for module in modules for x in _definitions(module)], {}, -1
     while len(reached) > size:
         size = len(reached)
@@ -118,10 +150,9 @@ def _digest(statements, modules, more=()):
     return sha256([_tree(statements), sorted([*key, tree] for key, tree in reached.items()), list(more)])
 
 
-def _statements(chapter, tags):
-    path = chapter_file(chapter)
+def _statements(path, tags):
     if not path.is_file():
-        raise FileNotFoundError(f"there is no chapter {chapter!r} in {path.parent}")
+        raise FileNotFoundError(f"there is no chapter {path.stem!r} in {path.parent}")
     statements = []
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code" and (tags is None or tags & set(cell["metadata"].get("tags", []))):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 
 class CollapseError(RuntimeError):
-    """Nearly all points ended in one cluster."""
+    """Nearly all points ended in one cluster: more than the share `max_share`."""
 
 
 def seed_everything(seed):
@@ -68,11 +68,14 @@ def autocast(precision):
     return torch.autocast(device().type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def steps(n, batch_size, epochs=None, seed=0, *, iterations=None, precision="float32", title=None):
+def steps(
+    n, batch_size, epochs=None, seed=0, *, iterations=None, precision="float32", title=None, smallest=1
+):
     """Iterates over shuffled mini-batches of n samples that lie whole in memory.
 
     Each pass is a new permutation drawn from its own generator, so that the order depends on `seed` alone;
-    the last batch of a pass is shorter when batch_size does not divide n.
+    the last batch of a pass is shorter when batch_size does not divide n. One of fewer than `smallest`
+    samples joins the batch before it: batch normalisation in training needs two.
 
     Parameters:
         n: number of samples.
@@ -81,10 +84,12 @@ def steps(n, batch_size, epochs=None, seed=0, *, iterations=None, precision="flo
         seed: seed of the order.
         precision: "auto", "float32" or "bfloat16", see `resolve_precision`.
         title: what the progress line is called; shown in a terminal or an interactive notebook only.
+        smallest: samples that every batch has at least.
     Returns: an iterable `Steps`.
-    Raises: ValueError before the first step for sizes below 1 or when not exactly one length is given.
+    Raises: ValueError before the first step for sizes below 1, when not exactly one length is given, and
+        when n or batch_size is below `smallest`.
     """
-    return Steps(n, batch_size, epochs, seed, iterations, precision, title)
+    return Steps(n, batch_size, epochs, seed, iterations, precision, title, smallest)
 
 
 class Steps:
@@ -97,7 +102,7 @@ class Steps:
         history: dict from the name of a loss term to an array with one value for each finished step.
     """
 
-    def __init__(self, n, batch_size, epochs, seed, iterations, precision, title):
+    def __init__(self, n, batch_size, epochs, seed, iterations, precision, title, smallest=1):
         if (epochs is None) == (iterations is None):
             raise ValueError("give either epochs or iterations")
         length = epochs if iterations is None else iterations
@@ -105,8 +110,13 @@ class Steps:
             raise ValueError(
                 f"n, batch_size and the length must be at least 1, got {n}, {batch_size} and {length}"
             )
+        if min(n, batch_size) < smallest:
+            raise ValueError(f"a batch needs at least {smallest} samples, got n {n}, batch_size {batch_size}")
         self.n, self.batch_size, self.seed, self.title = n, batch_size, seed, title
-        self.total = iterations or epochs * -(-n // batch_size)
+        self.sizes = [len(part) for part in torch.arange(n).split(batch_size)]
+        if len(self.sizes) > 1 and self.sizes[-1] < smallest:
+            self.sizes[-2:] = [sum(self.sizes[-2:])]
+        self.total = iterations or epochs * len(self.sizes)
         self.precision = resolve_precision(precision)
         self.device = device()
         self.index, self.number, self._terms = None, 0, {}
@@ -119,7 +129,7 @@ class Steps:
         with tqdm(total=self.total, desc=self.title, disable=not _interactive(), leave=False) as bar:
             while self.number < self.total:
                 order = torch.randperm(self.n, generator=generator).to(self.device)
-                for index in order.split(self.batch_size)[: self.total - self.number]:
+                for index in order.split(self.sizes)[: self.total - self.number]:
                     self.index = index
                     yield self
                     self.number += 1
@@ -157,20 +167,20 @@ class Steps:
         loss.backward()
         optimizer.step()
 
-    def watch_clusters(self, labels, n_clusters, largest=0.9):
+    def watch_clusters(self, labels, n_clusters, max_share=0.9):
         """Stops a run whose clusters have collapsed; needs no true labels.
 
-        Parameters: labels: (n,) cluster indices in [0, n_clusters); largest: highest share that one
-            cluster may hold.
+        Parameters: labels: (n,) cluster indices in [0, n_clusters); max_share: highest share that one
+            cluster may hold; 1 for data in which one group is nearly everything.
         Returns: cluster sizes (n_clusters,) int64.
-        Raises: CollapseError, naming the step, when one cluster holds more than the share `largest`.
+        Raises: CollapseError, naming step, share and limit, when one cluster holds more than `max_share`.
         """
         sizes = torch.bincount(torch.as_tensor(labels), minlength=n_clusters)
         share = sizes.max().item() / sizes.sum().item()
-        if share > largest:
-            raise CollapseError(
-                f"collapse at step {self.number}: cluster {sizes.argmax()} holds {share:.0%} of the points"
-            )
+        if share > max_share:
+            found = f"cluster {sizes.argmax()} holds {share:.0%} of the points"
+            limit = f"more than max_share = {max_share:g} allows"
+            raise CollapseError(f"collapse at step {self.number}: {found}, {limit}")
         return sizes
 
     def _require_finite(self, terms):

@@ -30,7 +30,7 @@ from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
-from deepclust_nb import baselines, data, results, training
+from deepclust_nb import baselines, checks, data, records, training
 
 FOLDER = Path(__file__).parent / "golden"
 DECIDING = {"parameters", "check", "definition", "run"}
@@ -43,9 +43,9 @@ ELSEWHERE = {"versions", "device", "threads"}  # what a record says of the machi
 class Seen:
     """What a run did.
 
-    steps: for each optimiser step a dict of loss, terms, lr and the batch's checksum; loops: for each loop its
-    length and the optimiser's settings; fits: name and settings of each fitted estimator with the checksum of
-    its data; records: as displayed; predicted: method -> labels that were scored; clock: seconds so far.
+    steps: for each optimiser step a dict of loss, terms, lr and the batch's checksum; loops: for each loop
+    its length and the optimiser's settings; fits: name and settings of each fitted estimator with the
+    checksum of its data; records: as displayed; predicted: method -> labels that were scored; clock: seconds so far.
     """
 
     def __init__(self):
@@ -90,10 +90,11 @@ def watched(load, double=True, picked=None):
     seen, threads, dtype = Seen(), torch.get_num_threads(), torch.get_default_dtype()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", load)
+        patch.setattr(checks, "require", lambda holds, sentence: None)  # sizes this small are refused
         patch.setattr(time, "perf_counter", lambda: seen.clock)
         patch.setattr(IPython.display, "display", _display_spy(seen))
         patch.setattr(training.Steps, "update", _update_spy(seen, training.Steps.update))
-        patch.setattr(results, "record", _record_spy(seen, results.record))
+        patch.setattr(records, "record", _record_spy(seen, records.record))
         for kind, cost in COSTS.items():
             name = "fit_transform" if kind is TSNE else "fit"
             patch.setattr(kind, name, _fit_spy(seen, kind, getattr(kind, name), cost))
@@ -127,8 +128,8 @@ def _in_double(patch):
 
 def _display_spy(seen):
     def display(bundle, *rest, **more):
-        if isinstance(bundle, dict) and results.MIME in bundle:
-            seen.records.append(bundle[results.MIME])
+        if isinstance(bundle, dict) and records.MIME in bundle:
+            seen.records.append(bundle[records.MIME])
 
     return display
 
@@ -176,8 +177,8 @@ def _fit_spy(seen, kind, fit, cost):
 def run(chapter, load=None, tags=DECIDING, double=True, picked=None, **parameters):
     """Execute a chapter's cells with some parameters changed.
 
-    Parameters: load: stands in for `data.load`, by default `digits()`; tags: of the cells to execute, None for
-        every code cell; double, picked: see `watched`; parameters: override the chapter's defaults.
+    Parameters: load: stands in for `data.load`, by default `digits()`; tags: of the cells to execute, None
+        for every code cell; double, picked: see `watched`; parameters: override the chapter's defaults.
     Returns: (namespace after the last cell, Seen).
     Raises: whatever a cell raises; KeyError for an unknown parameter.
     """
@@ -215,13 +216,13 @@ def plain(value):
 
 def summary(namespace, seen):
     """All numbers of a run, ready to be compared: loops, steps, fits, records and final weights."""
-    records = []
+    kept_records = []
     for record in seen.records:
         kept = {key: value for key, value in record.items() if key not in ELSEWHERE | {"arrays"}}
-        kept["~arrays"] = {key: checksum(value) for key, value in results.arrays(record).items()}
-        records.append(kept)
+        kept["~arrays"] = {key: checksum(value) for key, value in records.arrays(record).items()}
+        kept_records.append(kept)
     models = {name: weights(value) for name, value in namespace.items() if isinstance(value, nn.Module)}
-    found = {"loops": seen.loops, "steps": seen.steps, "fits": seen.fits, "records": records}
+    found = {"loops": seen.loops, "steps": seen.steps, "fits": seen.fits, "records": kept_records}
     predicted = {name: checksum(value) for name, value in seen.predicted.items()}
     return plain(found | {"models": models, "predicted": predicted})
 

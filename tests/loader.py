@@ -1,7 +1,7 @@
 """What tests need to reach code that is not importable: the cells of chapters, and throw-away checkouts."""
 
 import functools
-import importlib
+import importlib.util
 import itertools
 import json
 import linecache
@@ -13,6 +13,7 @@ from pathlib import Path
 from deepclust_nb.digest import chapter_file
 
 PACKAGE = Path(importlib.util.find_spec("deepclust_nb").origin).parent
+PARAMETERS = {"dataset": "mnist_5k", "profile": "quick", "seed": 0, "lr": 0.1}  # of hand-made records
 _numbers = itertools.count()
 
 
@@ -63,3 +64,24 @@ def checkout(folder):
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
     return lambda module: importlib.import_module(f"{name}.{module}"), folder
+
+
+def store(records, folder, method="DEC", seed=0, schema=2, **changes):
+    """Put one record into a checkout by hand, sealed and at the place that its content names.
+
+    Parameters: records: that module of the checkout; changes: keys of the record; `parameters` adds to
+        PARAMETERS.
+    Returns: the file's path.
+    """
+    body = {"chapter": "tiny", "method": method, "dataset": "mnist_5k", "profile": "quick", "seed": seed}
+    body |= {"acc": 0.8, "precision": "float32", "study": "headline", "digest": "0", "threads": 1} | changes
+    own = {key: body[key] for key in ("dataset", "profile", "seed")}
+    body["parameters"] = PARAMETERS | own | changes.get("parameters", {})
+    body["sha256"] = records.body_hash(body)
+    threads = body["threads"] if schema > 1 else None
+    key = records.run_key(body["digest"], body["parameters"], threads)
+    place = (body["chapter"], body["dataset"], body["profile"], f"{body['seed']}-{key}.json")
+    path = folder.joinpath("data", "records", *place)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"schema": schema, "records": [body]}), encoding="utf-8")
+    return path

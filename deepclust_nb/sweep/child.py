@@ -1,5 +1,5 @@
-"""The process in which a sweep executes one notebook: `python -m deepclust_nb.child`, one line of JSON on
-stdin.
+"""The process in which a sweep executes one notebook: `python -m deepclust_nb.sweep.child`, one line of JSON
+on stdin.
 
 Apart from the rest of the package so that it starts without torch: the kernel brings its own. It ends, and
 its kernel with it, when stdin closes, which is how the death of the calling process shows.
