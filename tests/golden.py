@@ -45,7 +45,7 @@ class Seen:
 
     steps: for each optimiser step a dict of loss, terms, lr and the batch's checksum; loops: for each loop
     its length and the optimiser's settings; fits: name and settings of each fitted estimator with the
-    checksum of its data; records: as displayed; predicted: method -> labels that were scored; clock: seconds so far.
+    checksum of its data; records: as displayed; predicted: method -> labels that were scored; clock: seconds.
     """
 
     def __init__(self):

@@ -73,7 +73,20 @@ def chapter(*parts):
 
 
 def tracked():
-    """Files that are in the repository, or would be after `git add`."""
+    """Files that are in the repository, or would be after `git add`; in an archive all but what was made."""
+    if importlib.import_module("running").tree_state() is None:
+        made = {
+            "_build",
+            "dist",
+            "__pycache__",
+            ".deepclust-env",
+            ".ruff_cache",
+            ".pytest_cache",
+            ".venv",
+            ".git",
+        }
+        files = (path for path in ROOT.rglob("*") if path.is_file() and not path.name.endswith(".part"))
+        return [path for path in files if not made & set(path.relative_to(ROOT).parts)]
     done = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -324,18 +337,21 @@ def lines_without_docstrings(text):
 
 
 def test_the_helper_is_thin():
+    """What chapters import, and the runner that none of them imports, each within its own room."""
     sizes = {
-        path.name: lines_without_docstrings(path.read_text(encoding="utf-8"))
+        path.relative_to(ROOT / "deepclust_nb"): lines_without_docstrings(path.read_text(encoding="utf-8"))
         for path in (ROOT / "deepclust_nb").rglob("*.py")
     }
     assert {name: size for name, size in sizes.items() if size > 300} == {}
-    assert sum(sizes.values()) <= 1500
+    runner = sum(size for name, size in sizes.items() if name.parts[0] == "sweep")
+    assert runner <= 1000 and sum(sizes.values()) - runner <= 1500
     text = '"""One\ntwo."""\nx = 1\n\n\ndef f():\n    """Three."""\n    # why\n    return x\n'
     assert lines_without_docstrings(text) == 4
 
 
 def test_arrows_point_one_way():
-    """The helper imports no chapter, test or tool of the book, and at its top only what a chapter has."""
+    """The helper imports no chapter, test or tool of the book, and at its top only what a chapter has; of the
+    helper, only the runner imports the runner."""
     allowed = {canonical(requirement(text).name) for text in PROJECT["dependencies"]} | {"sklearn", "ipython"}
     allowed |= {canonical(name) for name in sys.stdlib_module_names} | {"deepclust-nb"}
     problems = []
@@ -343,6 +359,12 @@ def test_arrows_point_one_way():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         inner = {node for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
         for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.ImportFrom)
+                and "sweep" in (node.module or "")
+                and path.parent.name != "sweep"
+            ):
+                problems.append(f"{path.name} imports the runner")
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
             for name in (name.split(".")[0] for name in names):
@@ -417,14 +439,18 @@ def wrong_definitions(notebook):
 def wrong_tags(notebook):
     """What is wrong with a chapter's tags, ids and stored outputs."""
     code, problems = cells(notebook, "code"), []
-    count = sum("parameters" in tags(cell) for cell in code)
-    if count != 1:
-        problems.append(f"{count} cells are tagged parameters, not 1")
+    for tag in ("parameters", "check"):
+        count = sum(tag in tags(cell) for cell in code)
+        if count != 1:
+            problems.append(f"{count} cells are tagged {tag}, not 1")
     problems += [
         f"no cell is tagged {tag}" for tag in ("definition", "run") if not any(tag in tags(c) for c in code)
     ]
-    known = {"parameters", "definition", "run", "nbval-check-output", "nbval-ignore-output", "nbval-skip"}
+    known = {"parameters", "check", "definition", "run"}
     known |= {
+        "nbval-check-output",
+        "nbval-ignore-output",
+        "nbval-skip",
         "hide-input",
         "hide-output",
         "hide-cell",
@@ -451,12 +477,14 @@ def test_tags_keep_their_promises(path):
 def test_broken_tags_are_found():
     good = [
         ("code", "a = 1", ["parameters"]),
+        ("code", "checks.parameters(globals(), a=[1])", ["check"]),
         ("code", "import math", ["definition"]),
         ("code", "a", ["run"]),
     ]
     assert not wrong_tags(chapter(*good))
-    assert wrong_tags(chapter(*good, good[0]))
-    assert wrong_tags(chapter(*good[:2]))
+    assert wrong_tags(chapter(*good, good[0])) and wrong_tags(chapter(*good, good[1]))
+    assert wrong_tags(chapter(*good[1:])) and wrong_tags(chapter(good[0], *good[2:]))
+    assert wrong_tags(chapter(*good[:3]))
     assert wrong_tags(chapter(*good, ("code", "1", ["definitions"])))
     assert wrong_tags(chapter(*good, ("code", "print(1)", ["nbval-check-output"])))
     definitions = [
@@ -538,11 +566,11 @@ def test_fit_outputs_and_unfit_text():
 
 @each_chapter
 def test_stored_outputs_are_of_current_code(path):
-    results = importlib.import_module("deepclust_nb.results")
+    code = importlib.import_module("deepclust_nb.digest")
     stored = read(path)["metadata"].get("deepclust", {}).get("shown")
-    assert stored == results.shown_digest(path.stem), "code or records changed since: run `make refresh`"
+    assert stored == code.shown_digest(path.stem), "code or records changed since: run `make refresh`"
     digest = ROOT / "data" / "records" / path.stem / "digest.txt"
-    assert digest.read_text(encoding="utf-8").strip() == results.code_digest(path.stem), "run `make refresh`"
+    assert digest.read_text(encoding="utf-8").strip() == code.code_digest(path.stem), "run `make refresh`"
 
 
 # ---------------------------------------------------------------- numbers and links in the text
@@ -622,36 +650,31 @@ def test_links_lead_somewhere(path):
 # ---------------------------------------------------------------- records, generated text, pages
 
 
-def wrong_records(path, content):
-    """What is wrong with one records file: hashes of bodies, and a name that tells something else."""
-    results = importlib.import_module("deepclust_nb.results")
-    problems, records = [], content["records"]
-    for record in records:
-        if results.body_hash(record) != record["sha256"]:
-            problems.append(f"{record['method']}: the body does not match its hash")
-        place = f"{record['chapter']}/{record['dataset']}/{record['profile']}/{record['seed']}-"
-        if not path.as_posix().startswith(place):
-            problems.append(f"{record['method']}: the file is not at {place}...")
-    return problems if records else ["no records"]
-
-
 def test_records_are_whole():
-    folder = ROOT / "data" / "records"
-    problems = {
-        str(path): wrong
-        for path in folder.rglob("*.json")
-        if (wrong := wrong_records(path.relative_to(folder), read(path)))
-    }
-    assert not problems
+    """Each file is read by the one reader that trusts nothing, and no run is stored twice under one study."""
+    records = importlib.import_module("deepclust_nb.records")
+    seen = {}
+    for path in (ROOT / "data" / "records").rglob("*.json"):
+        for record in records.read(path):
+            run = [record[key] for key in ("chapter", "study", "method", "parameters")]
+            assert seen.setdefault(records.canonical(run), path.name) == path.name, f"{path} repeats a run"
+    assert seen
 
 
-def test_a_changed_record_is_found():
-    results = importlib.import_module("deepclust_nb.results")
-    record = {"chapter": "a", "dataset": "b", "profile": "quick", "seed": 0, "method": "m", "acc": 0.5}
-    record["sha256"] = results.body_hash(record)
-    assert not wrong_records(Path("a/b/quick/0-abc.json"), {"records": [record]})
-    assert wrong_records(Path("a/b/quick/1-abc.json"), {"records": [record]})
-    assert wrong_records(Path("a/b/quick/0-abc.json"), {"records": [{**record, "acc": 0.6}]})
+@each_chapter
+def test_a_check_cell_can_be_executed_by_a_sweep(path):
+    """It names nothing but the modules `checks` and `data`, the parameters, and what it sets itself."""
+    plan = importlib.import_module("deepclust_nb.sweep.plan")
+    quick = plan.defaults(path)
+    plan.refuse(path, quick)
+    for name in quick:
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            plan.refuse(path, quick | {name: "no such value"})
+
+
+def test_recorded_sweeps_say_their_threads():
+    for path in (ROOT / "book" / "experiments").glob("*.yaml"):
+        assert yaml.safe_load(path.read_text(encoding="utf-8"))["threads"] == 1, path.name
 
 
 def test_the_readme_shows_the_records():
@@ -662,13 +685,14 @@ def test_the_readme_shows_the_records():
 
 def test_tables_mark_older_code(monkeypatch):
     generated, results = importlib.import_module("generated"), importlib.import_module("deepclust_nb.results")
+    records = importlib.import_module("deepclust_nb.records")
     record = {"chapter": "foundations", "dataset": "mnist", "profile": "laptop", "method": "DEC", "seed": 0}
     record |= {"acc": 0.5, "nmi": 0.25, "current": True}
     monkeypatch.setattr(generated, "chapters", lambda: ["foundations"])
     monkeypatch.setattr(results, "paper", lambda chapter: [])
     for current in (True, False):
         found = [record, {**record, "seed": 1, "acc": 0.7, "current": current}]
-        monkeypatch.setattr(results, "load", lambda found=found, **wanted: found)
+        monkeypatch.setattr(records, "load", lambda found=found, **wanted: found)
         table = generated.status_table()
         assert "0.600 (0.500 to 0.700, 2 seeds)" in table
         assert ("older code" in table) is not current
@@ -773,28 +797,57 @@ def test_make_env_says_what_is_missing_and_recovers(checkout, condition, sentenc
     (checkout / condition).touch()
     code, text = make_env(checkout, "no-such-python" if condition == "missing" else "./fake-python")
     assert code != 0 and sentence in text
-    assert not (checkout / ".venv" / "complete").exists()
+    assert not (checkout / ".deepclust-env" / "complete").exists()
     (checkout / condition).unlink()
     assert make_env(checkout)[0] == 0
-    assert (checkout / ".venv" / "complete").exists()
+    assert (checkout / ".deepclust-env" / "complete").exists()
     assert make_env(checkout) == (0, "")
 
 
-def test_make_env_makes_a_half_made_environment_again(checkout):
-    (checkout / ".venv" / "bin").mkdir(parents=True)
-    (checkout / ".venv" / "left_over").touch()
+def test_make_env_leaves_alone_what_it_did_not_make(checkout):
+    """`.venv` is what editors and other tools call theirs."""
+    for name in (".venv", "venv", "env"):
+        (checkout / name / "bin").mkdir(parents=True)
+        (checkout / name / "bin" / "python").touch()
+    assert make_env(checkout)[0] == 0
+    assert all((checkout / name / "bin" / "python").exists() for name in (".venv", "venv", "env"))
+
+
+def test_two_make_env_do_it_once_and_the_second_says_that_it_waits(checkout):
+    lock = checkout / ".deepclust-env.lock"
+    lock.mkdir()
+    command = ["make", "-s", "env", "PYTHON=./fake-python"]
+    second = subprocess.Popen(command, cwd=checkout, stdout=subprocess.PIPE, text=True)
+    line = second.stdout.readline()
+    assert "Waiting: another make is installing the packages" in line and second.poll() is None
+    assert not (checkout / "log").exists()
+    lock.rmdir()
+    assert second.wait(20) == 0 and (checkout / ".deepclust-env" / "complete").exists()
+    assert not lock.exists()
+
+
+def test_make_env_in_a_folder_that_cannot_be_written_says_so(checkout):
+    text = (checkout / "Makefile").read_text(encoding="utf-8")
+    (checkout / "Makefile").write_text(text.replace("LOCK := ", "LOCK := no/such/folder/"), encoding="utf-8")
     code, text = make_env(checkout)
-    assert code == 0 and "half-made" in text and not (checkout / ".venv" / "left_over").exists()
+    assert code != 0 and "cannot be written: make needs a folder of its own there" in text
+
+
+def test_make_env_makes_a_half_made_environment_again(checkout):
+    (checkout / ".deepclust-env" / "bin").mkdir(parents=True)
+    (checkout / ".deepclust-env" / "left_over").touch()
+    code, text = make_env(checkout)
+    assert code == 0 and "half-made" in text and not (checkout / ".deepclust-env" / "left_over").exists()
     assert "--only-binary=:all:" in (checkout / "log").read_text(encoding="utf-8")
 
 
 def test_make_env_follows_an_edited_list(checkout):
     assert make_env(checkout)[0] == 0
-    (checkout / ".venv" / "kept").touch()
+    (checkout / ".deepclust-env" / "kept").touch()
     with open(checkout / "constraints.txt", "a", encoding="utf-8") as file:
         file.write("six==1.16.0\n")
     code, text = make_env(checkout)
-    assert code == 0 and "Installing" in text and (checkout / ".venv" / "kept").exists()
+    assert code == 0 and "Installing" in text and (checkout / ".deepclust-env" / "kept").exists()
 
 
 def test_workflows_use_what_people_use():
