@@ -164,8 +164,15 @@ def _other_parameters(work):
         asked = {key: value for key, value in other.items() if key in known}
         return run_chapter(path, work / "check" / path.name, asked, threads=1)[1] is None
 
+    from deepclust_nb.sweep import run
+
     with ThreadPoolExecutor(2) as pool:
-        return all(list(pool.map(one, chapters())))
+        try:
+            return all(list(pool.map(one, chapters())))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            run.stop()
+            raise
 
 
 def _pages(work):
@@ -187,10 +194,11 @@ def _same_tree(before):
 
 
 def test(_):
-    before, outcome = tree_state(), []
+    outcome = []
     nbval = "-n 2 --dist loadscope --nbval-lax --nbval-cell-timeout 300 --nbval-sanitize-with tests/nbval.cfg"
     units = ["-n", "2", "--dist", "loadfile", "-m", "not long", "--ignore", "tests/benchmarks"]
     with alone("tree", BUSY), work_folder("test") as work:
+        before = tree_state()
         stages = {
             "format": lambda: _run("ruff", "format", "--check", "."),
             "lint": lambda: _run("ruff", "check", "."),
@@ -234,8 +242,11 @@ def main():
         sys.exit(130)
     except ValueError as error:  # a damaged record, named
         raise SystemExit(str(error)) from None
-    except PermissionError as error:
-        raise SystemExit(f"{error.filename} cannot be written: permission denied.") from None
+    except OSError as error:
+        if not str(error.filename).startswith(str(BUILD)):
+            raise
+        why = (error.strerror or str(error)).lower()
+        raise SystemExit(f"{error.filename} cannot be written: {why}.") from None
 
 
 if __name__ == "__main__":

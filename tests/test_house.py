@@ -761,6 +761,7 @@ case "$1 $2" in
   "-c import sys"*) [ ! -e too_old ] ;;
   "-c import venv"*) [ ! -e no_venv ] ;;
   "--version "*) echo "Python 3.9.2" ;;
+  "-m deepclust_nb.sweep") shift 2; printf 'sweep %s\n' "$*" "$#" >> log ;;
   "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo venv >> log ;;
   "-m pip") shift 2; echo "pip $*" >> log; [ ! -e no_network ] ;;
 esac
@@ -848,6 +849,12 @@ def test_make_env_follows_an_edited_list(checkout):
         file.write("six==1.16.0\n")
     code, text = make_env(checkout)
     assert code == 0 and "Installing" in text and (checkout / ".deepclust-env" / "kept").exists()
+
+
+def test_a_sweep_file_may_have_a_space_in_its_name(checkout):
+    command = ["make", "-s", "sweep", "FILE=my runs.yaml", "PYTHON=./fake-python"]
+    assert subprocess.run(command, cwd=checkout).returncode == 0
+    assert (checkout / "log").read_text(encoding="utf-8").endswith("sweep my runs.yaml\nsweep 1\n")
 
 
 def test_workflows_use_what_people_use():
