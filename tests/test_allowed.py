@@ -93,7 +93,7 @@ def runs_or_refuses(chapter, parameters, monkeypatch):
 
 
 def draw(chapter, number, monkeypatch):
-    """Random parameters that the check cell accepts: each the chapter's (or a short) value, or an allowed one."""
+    """Random parameters that the check cell accepts: each its own (or a short) value, or an allowed one."""
     dice, rules = random.Random(f"{chapter} {number}"), allowed(chapter, monkeypatch)
     monkeypatch.setattr(data, "SIZES", SIZES)
     while True:
