@@ -43,9 +43,10 @@ ELSEWHERE = {"versions", "device", "threads"}  # what a record says of the machi
 class Seen:
     """What a run did.
 
-    steps: for each optimiser step a dict of loss, terms, lr and the batch's checksum; loops: for each loop its
-    length and the optimiser's settings; fits: name and settings of each fitted estimator with the checksum of
-    its data; records: as displayed; predicted: method -> labels that were scored; clock: seconds so far.
+    steps: for each optimiser step a dict of loss, terms, lr and the batch's checksum; loops: for each loop
+    its length and the optimiser's settings; fits: name and settings of each fitted estimator with the
+    checksum of its data; records: as displayed; predicted: method -> labels that were scored; clock: seconds
+    so far.
     """
 
     def __init__(self):
@@ -176,8 +177,8 @@ def _fit_spy(seen, kind, fit, cost):
 def run(chapter, load=None, tags=DECIDING, double=True, picked=None, **parameters):
     """Execute a chapter's cells with some parameters changed.
 
-    Parameters: load: stands in for `data.load`, by default `digits()`; tags: of the cells to execute, None for
-        every code cell; double, picked: see `watched`; parameters: override the chapter's defaults.
+    Parameters: load: stands in for `data.load`, by default `digits()`; tags: of the cells to execute, None
+        for every code cell; double, picked: see `watched`; parameters: override the chapter's defaults.
     Returns: (namespace after the last cell, Seen).
     Raises: whatever a cell raises; KeyError for an unknown parameter.
     """
