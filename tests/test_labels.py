@@ -14,7 +14,7 @@ import torch
 from loader import chapter_file
 from torch import nn
 
-from deepclust_nb import metrics, networks, results
+from deepclust_nb import metrics, networks, records
 
 SCORES = {"acc", "purity", "nmi", "ari"}
 # Ten classes in a few dozen images, so that a choice by score is not the same under other labels.
@@ -121,7 +121,7 @@ def done(chapter, load, picked=None, **more):
         left_out = table["scores"] | {"arrays"}
         found["records"].append({key: value for key, value in record.items() if key not in left_out})
         arrays = {}
-        for name, values in results.arrays(record).items():
+        for name, values in records.arrays(record).items():
             columns = values.reshape(len(values), -1).copy()
             columns[:, table["columns"].get(name, [])] = 0
             arrays[name] = digest(columns)
