@@ -336,7 +336,9 @@ def test_a_damaged_file_gets_a_sentence(placed, harm):
         flip(path)
     else:
         path.write_bytes(path.read_bytes()[:-20] if harm == "cut" else b"")
-    says = r"is damaged, or a file of another origin.*\(its sha256 is [0-9a-f]{64}, but should be [0-9a-f]{64}\)"
+    says = (
+        r"is damaged, or a file of another origin.*\(its sha256 is [0-9a-f]{64}, but should be [0-9a-f]{64}\)"
+    )
     with pytest.raises(OSError, match=says):
         data.load(name)
 
