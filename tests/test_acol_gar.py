@@ -452,6 +452,7 @@ class Reader(nn.Module):
         self.features = nn.Sequential(nn.Flatten(), nn.Dropout(0.5))
         self.nodes = nn.Sequential(nn.Dropout(0.5), nn.Linear(n_pixels, n_nodes))
         generator = torch.Generator().manual_seed(0)
+        self.nodes[1].bias.data.zero_()
         self.nodes[1].weight.data = strength * torch.randn(n_nodes, n_pixels, generator=generator)
 
     def read(self, x):
@@ -553,6 +554,7 @@ def test_a_look_reports_what_it_saw(acol, estimators):
 
 
 def test_labels_come_from_ten_starts_in_each_of_three_layers(acol, estimators):
+    torch.manual_seed(0)
     codes, nodes = torch.rand(60, 5), 3 * torch.randn(60, 4)
     labels, agreement = acol.clusters_of(codes, nodes, 4, 8)
     softmax = np.exp(nodes.numpy()) / np.exp(nodes.numpy()).sum(axis=1, keepdims=True)
@@ -972,6 +974,14 @@ def test_energies_are_of_a_parents_own_duplicates_under_its_own_turn(acol):
         _, Z = model.read(torch.rot90(x, parent, (2, 3)))
         expected = np.square(np.maximum(Z, 0))[:, parent::4].sum(axis=0)
         assert np.allclose(found[parent], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["auto", "bfloat16"])
+def test_a_record_tells_the_precision_that_was_used(precision):
+    _, seen = golden.run(CHAPTER, precision=precision, **(TINY | dict(epochs=1, n_looks=1)))
+    pixels, ours = seen.records
+    assert ours["precision"] == training.resolve_precision(precision) and pixels["precision"] == "float32"
+    assert ours["parameters"]["precision"] == precision
 
 
 def test_the_scored_images_get_the_same_clusters_when_they_come_as_new_ones():
