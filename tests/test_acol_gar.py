@@ -984,8 +984,12 @@ def test_a_record_tells_the_precision_that_was_used(precision):
     assert ours["parameters"]["precision"] == precision
 
 
-def test_the_scored_images_get_the_same_clusters_when_they_come_as_new_ones():
+def test_new_images_get_the_nearest_centre():
     run = TINY | dict(epochs=4, lr=0.003, n_features=32, width=4)
     space, _ = golden.run(CHAPTER, also=AFTERWARDS[2:], double=False, **run)
     labels = space["assign"](space["shown"], space["centres"], space["x_test_raw"])
     assert (labels.numpy() == space["labels"]["F"]).all() and len(labels.unique()) == 3
+    model, centres = Reader(64, 4), torch.rand(9, 64, generator=torch.Generator().manual_seed(0))
+    codes, _ = model.read(space["x_test"])
+    distances = np.square(codes[:, None] - centres.numpy()[None]).sum(axis=2)
+    assert (space["assign"](model, centres, space["x_test_raw"]).numpy() == distances.argmin(axis=1)).all()
