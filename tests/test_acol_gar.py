@@ -16,7 +16,7 @@ import torch
 from loader import chapter_file, definitions
 from torch import nn
 
-from deepclust_nb import baselines, metrics, training
+from deepclust_nb import baselines, metrics, results, training
 
 CHAPTER = "acol_gar"
 TINY = dict(side=8, width=2, n_features=12, n_duplicates=3, n_clusters=3, epochs=2, batch_size=20, n_looks=3)
@@ -35,36 +35,42 @@ def altered(change, *sizes):
     return changed
 
 
-def kept(load=None, also=(), **changed):
-    """A golden run's numbers, with what each look saw, the precision of each forward pass and what each loop
-    was asked for; of which five epochs are enough.
-    """
-    precisions, loops, autocast, steps = [], [], training.autocast, training.steps
+def noted_run(load=None, also=(), **changed):
+    """A golden run: (namespace, Seen, {precisions: of each forward pass, asked: for which loops}).
 
-    def noted(precision):
-        precisions.append(precision)
+    Loops run for five epochs at most, which is enough of IMSAT's fifty.
+    """
+    noted, autocast, steps = {"precisions": [], "asked": []}, training.autocast, training.steps
+
+    def note_precision(precision):
+        noted["precisions"].append(precision)
         return autocast(precision)
 
     def short(n, batch_size, epochs, *rest, **more):
-        loops.append([n, batch_size, epochs, *rest, more])
+        noted["asked"].append([n, batch_size, epochs, *rest, more])
         return steps(n, batch_size, min(epochs, 5), *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "autocast", noted)
+        patch.setattr(training, "autocast", note_precision)
         patch.setattr(training, "steps", short)
-        namespace, seen = golden.run(CHAPTER, load, also=also, **(TINY | changed))
-    rows = [
+        return *golden.run(CHAPTER, load, also=also, **(TINY | changed)), noted
+
+
+def kept(**changed):
+    """A golden run's numbers, with what was noted and what each look saw."""
+    namespace, seen, noted = noted_run(**changed)
+    trace = [
         {name: golden.checksum(v) if name in ("map", "pair") else v for name, v in row.items()}
         for row in namespace["trace"]
     ]
-    more = {"trace": rows, "precisions": precisions, "asked": loops, "signals": namespace.get("signals")}
+    more = noted | {"trace": trace, "signals": namespace.get("signals")}
     return golden.summary(namespace, seen) | golden.plain(more)
 
 
 HALF = functools.partial(altered, lambda x: x[:, :, ::2, ::2])
 COLOURED = functools.partial(altered, lambda x: torch.cat([x, 255 - x, x // 3], dim=1))
 SWITCHED = dict(terms="original", scale_term="printed", schedule="cosine", scored_on="all", centre=False)
-GOLDEN = {
+CASES = {
     "defaults": {},
     "all switched": SWITCHED | dict(averaging=0.9, transformations="rotations", side=0, seed=3),
     "IMSAT": dict(
@@ -89,7 +95,7 @@ GOLDEN = {
         also=AFTERWARDS, transformations="half_turn", c_affinity=0.4, c_balance=2.0, c_scale=0.1
     ),
 }
-GOLDEN = {name: functools.partial(kept, **changed) for name, changed in GOLDEN.items()}
+GOLDEN = {name: functools.partial(kept, **changed) for name, changed in CASES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -974,6 +980,40 @@ def test_energies_are_of_a_parents_own_duplicates_under_its_own_turn(acol):
         _, Z = model.read(torch.rot90(x, parent, (2, 3)))
         expected = np.square(np.maximum(Z, 0))[:, parent::4].sum(axis=0)
         assert np.allclose(found[parent], expected, rtol=1e-4)
+
+
+def test_records_count_their_own_work_on_their_own_images():
+    """By the golden clock a step takes 1 second, k-means 100, t-SNE 10,000 and neighbours 1,000,000."""
+    load = HALF(40)
+    run = dict(with_imsat=True, n_images=12, epochs=3, batch_size=4, n_looks=2, scored_on="all", seed=0)
+    space, seen, _ = noted_run(load, **run)
+    pixels, ours, rival = seen.records
+    assert pixels["seconds"] == 100 and rival["seconds"] == 1_000_000 + 5
+    assert ours["seconds"] == 9 + 3 * 100 + 3 * 10_000 + 13 * 100
+    stored, scored = load("mnist_5k", "train"), load("mnist_5k", "all")
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:12]
+    assert torch.equal(space["x_raw"], stored.x[order]) and torch.equal(space["x_test_raw"], scored.x)
+    assert np.array_equal(space["y"], scored.y)
+    assert [record["n"] for record in seen.records] == [80, 12, 12]
+    assert [record["trained_on"] for record in seen.records] == ["all", "train", "train"]
+    assert all(record["scored_on"] == "all" and record["n_scored"] == 80 for record in seen.records)
+    assert ours["acc"] == round(metrics.accuracy(scored.y, space["labels"]["F"]), 6)
+
+
+def test_recorded_quick_runs_had_the_parameters_of_today():
+    today = {}
+    exec(cell_with("profile = "), today)
+    del today["__builtins__"]
+    for method in ("ACOL-GAR", "k-means"):
+        records = results.load(CHAPTER, today["dataset"], today["profile"], method)
+        assert records and all(r["parameters"] | {"seed": 0} == today for r in records)
+
+
+def test_the_code_that_is_shown_takes_the_papers_terms_and_size_by_default(acol):
+    Z, t, weights = activities(), torch.arange(30) % 4, (0.3, 0.7, 0.01)
+    assert acol.objective(Z, t, 4, weights)[0] == acol.objective(Z, t, 4, weights, "modified", "code")[0]
+    model = acol.ACOL((1, 8, 8), 6)
+    assert model.features[0].out_channels == 32 and model.nodes[1].in_features == 2048
 
 
 @pytest.mark.parametrize("precision", ["auto", "bfloat16"])
