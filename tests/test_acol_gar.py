@@ -637,10 +637,17 @@ def test_each_image_of_a_batch_draws_its_own_label(acol):
 
 def test_the_network_gets_each_image_turned_by_its_label(acol):
     x = torch.randint(0, 256, (50, 1, 8, 8), dtype=torch.uint8)
-    model, given, drawn = acol.ACOL((1, 8, 8), 8, width=2, n_features=8), [], []
-    model.register_forward_pre_hook(lambda layer, batch: given.append(batch[0]))
+    model, given, drawn, answers = acol.ACOL((1, 8, 8), 8, width=2, n_features=8), [], [], []
+    model.nodes[1].weight.data *= 100
+
+    def note(layer, batch, Z):
+        given.append(batch[0])
+        answers.append(Z)
+
+    model.register_forward_hook(note)
 
     def loss_of(Z, t):
+        assert torch.equal(Z, answers[-1]) and Z.abs().max() > 10
         drawn.append(t)
         return acol.objective(Z, t, 8, (0.1, 1.0, 1e-6))
 
