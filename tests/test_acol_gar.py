@@ -79,7 +79,7 @@ CASES = {
     "quarter turn": dict(
         transformations="quarter_turn", scale_term="printed", n_images=30, averaging=0.4, seed=2
     ),
-    "scaling": dict(transformations="scaling", schedule="cosine", side=0, scored_on="all", n_looks=6),
+    "scaling": dict(transformations="scaling", schedule="cosine", side=12, scored_on="all", n_looks=6),
     "shear": dict(transformations="shear", terms="original", averaging=0.7, centre=False, side=9, n_looks=1),
     "translation": dict(transformations="translation", c_affinity=0.7, c_balance=0.3, c_scale=0.01, side=10),
     "permutation": dict(
