@@ -169,17 +169,19 @@ def _fit_spy(seen, kind, fit, cost):
         seen.fits.append(about)
         seen.clock += cost
         if kind is TSNE:  # a map is chaotic: its last digits differ between processors
-            return np.asarray(x, dtype=np.float64)[:, : estimator.n_components]
+            x = np.asarray(x, dtype=np.float64)  # its stand-in mixes all columns, for single ones may be dead
+            return x @ np.cos(np.arange(x.shape[1] * estimator.n_components)).reshape(x.shape[1], -1)
         return fit(estimator, x, *rest, **more)
 
     return spy
 
 
-def run(chapter, load=None, tags=DECIDING, double=True, picked=None, tiny=True, **parameters):
+def run(chapter, load=None, tags=DECIDING, double=True, picked=None, tiny=True, also=(), **parameters):
     """Execute a chapter's cells with some parameters changed.
 
     Parameters: load: stands in for `data.load`, by default `digits()`; tags: of the cells to execute, None
-        for every code cell; double, picked, tiny: see `watched`; parameters: override the chapter's defaults.
+        for every code cell; double, picked, tiny: see `watched`; also: texts, each of which picks the further
+        code cells that hold it; parameters: override the chapter's defaults.
     Returns: (namespace after the last cell, Seen).
     Raises: whatever a cell raises; KeyError for an unknown parameter.
     """
@@ -187,10 +189,11 @@ def run(chapter, load=None, tags=DECIDING, double=True, picked=None, tiny=True, 
     namespace = {"__name__": f"golden_{chapter}"}
     with watched(load or digits(), double, picked, tiny) as seen:
         for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
-            own = set(cell["metadata"].get("tags", []))
-            if cell["cell_type"] != "code" or (tags is not None and not own & tags):
+            own, whole = set(cell["metadata"].get("tags", [])), "".join(cell["source"])
+            wanted = tags is None or own & tags or any(text in whole for text in also)
+            if cell["cell_type"] != "code" or not wanted:
                 continue
-            lines = "".join(cell["source"]).splitlines()
+            lines = whole.splitlines()
             source = "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in lines)
             before = set(namespace)
             exec(compile(source, f"<{path.name}, cell {number}>", "exec"), namespace)
