@@ -1,8 +1,10 @@
 """DEC and IDEC against double loops, closed forms and single steps taken by hand."""
 
 import copy
+import inspect
 import math
 
+import golden
 import numpy as np
 import pytest
 import torch
@@ -86,6 +88,61 @@ def small():
     baselines.pretrain(model, x, baselines.make_optimizer("adam", model.parameters(), 0.01), 20, 0, 30)
     _, centroids = baselines.kmeans(baselines.encode(model, x), 3, seed=0)
     return x, y.numpy(), model, centroids
+
+
+def of_digits(train):
+    """Numbers of `train(model, x, centroids)` on a small autoencoder of a few digits."""
+    with golden.watched(golden.digits()) as seen:
+        training.seed_everything(3)
+        x = golden.digits()("any").x
+        model = networks.Autoencoder(784, n_code=4, widths=(16,), init="glorot")
+        optimizer = baselines.make_optimizer("adam", model.parameters(), 0.01)
+        errors = baselines.pretrain(model, x, optimizer, 3, 1, 32)
+        _, centroids = baselines.kmeans(baselines.encode(model, x), 3, 5, n_init=2)
+        found = [errors] + train(model, x, centroids)
+    kept = golden.plain(
+        [[float(v) if np.size(v) == 1 else golden.checksum(v) for v in part] for part in found]
+    )
+    return golden.summary({"model": model}, seen) | {"states": kept}
+
+
+def looped(run, **settings):
+    def train(model, x, centroids):
+        settings_here = dict(seed=2, iterations=7, update_interval=3, batch_size=24, tol=0.0) | settings
+        states = list(run(model, x, centroids, **settings_here))
+        return [[*state[:8], *state.losses.values(), state.converged] for state in states]
+
+    return train
+
+
+def again(name):
+    def train(model, x, centroids):
+        optimizer = baselines.make_optimizer(name, model.parameters(), 0.1, 0.7)
+        return [baselines.pretrain(model, x, optimizer, 2, 4, 20)]
+
+    return train
+
+
+def grouped(model, x, centroids):
+    z = baselines.encode(model, x, batch_size=30)
+    labels, means = baselines.kmeans(z, 4, 7)
+    of_mixture, mixture = baselines.gmm(z, 4, 7)
+    return [[z, labels, means, of_mixture, mixture.means_, mixture.covariances_, mixture.weights_]]
+
+
+TRAINED = {
+    "pretrain, adam": again("adam"),
+    "pretrain, sgd": again("sgd"),
+    "dec": looped(baselines.dec),
+    "dec, adam, batch": looped(baselines.dec, optimizer="adam", lr=0.002, target="batch", momentum=0.5),
+    "dec stops": looped(baselines.dec, tol=1.0, iterations=20),
+    "idec": looped(baselines.idec),
+    "idec, sgd, batch": looped(
+        baselines.idec, optimizer="sgd", lr=0.05, momentum=0.5, gamma=2, target="batch"
+    ),
+    "k-means and mixture": grouped,
+}
+GOLDEN = {name: lambda train=train: of_digits(train) for name, train in TRAINED.items()}
 
 
 SHORT = {"seed": 0, "iterations": 6, "update_interval": 3, "batch_size": 30, "tol": 0.0}
@@ -269,3 +326,129 @@ def test_the_optimisers_take_their_rate_and_momentum(name, moved):
         weight.sum().backward()
         optimizer.step()
     assert -weight.item() == pytest.approx(moved, rel=1e-5)
+
+
+def test_defaults_are_those_of_the_named_codes():
+    """DEC-keras: SGD 0.01 with momentum 0.9, batches of 256, a target every 140 steps, tolerance 0.001."""
+
+    def defaults(function):
+        given = inspect.signature(function).parameters.values()
+        return {p.name: p.default for p in given if p.default is not inspect.Parameter.empty}
+
+    assert defaults(baselines.dec) == {"optimizer": "sgd", "lr": 0.01, "momentum": 0.9}
+    assert defaults(baselines.idec) == {"gamma": 0.1, "optimizer": "adam", "lr": 0.001, "momentum": 0.99}
+    expected = {"iterations": 20_000, "update_interval": 140, "tol": 0.001, "batch_size": 256}
+    assert defaults(baselines.self_train) == expected | {"target": "all", "precision": "float32"}
+    assert defaults(baselines.pretrain) == {"batch_size": 256, "precision": "float32"}
+    assert defaults(baselines.kmeans) == {"n_init": 20} and defaults(baselines.gmm) == {"n_init": 5}
+    assert defaults(baselines.student_t) == {"alpha": 1.0}
+
+
+@pytest.fixture
+def optimisers(monkeypatch):
+    """The optimiser of each step that is taken."""
+    seen, update = [], training.Steps.update
+
+    def spy(step, optimizer, loss, terms):
+        seen.append(optimizer)
+        return update(step, optimizer, loss, terms)
+
+    monkeypatch.setattr(training.Steps, "update", spy)
+    return seen
+
+
+@pytest.mark.parametrize("run", [baselines.dec, baselines.idec])
+def test_the_loops_train_with_the_rate_and_momentum_they_are_given(small, optimisers, run):
+    x, _, model, centroids = small
+    settings = SHORT | {"optimizer": "sgd", "lr": 0.003, "momentum": 0.7}
+    for _ in run(model, x, centroids, **settings):
+        pass
+    assert len(optimisers) == 6 and len({id(optimizer) for optimizer in optimisers}) == 1
+    (group,) = optimisers[0].param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.003, 0.7, 0)
+    trained = [*(model.encoder if run is baselines.dec else model).parameters()]
+    assert [id(w) for w in group["params"][:-1]] == [id(w) for w in trained]
+    assert group["params"][-1].shape == (3, 2)
+
+
+def test_two_steps_with_momentum_are_those_taken_by_hand(small):
+    x, _, model, centroids = small
+    by_hand, means = copy.deepcopy(model), torch.tensor(centroids, requires_grad=True)
+    trained = [*by_hand.encoder.parameters(), means]
+    p = baselines.target_distribution(baselines.student_t(by_hand.encode(x), means)).detach()
+    speed = [torch.zeros_like(weight) for weight in trained]
+    for step in training.steps(90, 30, iterations=2, seed=0):
+        q = baselines.student_t(by_hand.encode(x[step.index]), means)
+        loss = F.kl_div(q.log(), p[step.index], reduction="batchmean")
+        for i, gradient in enumerate(torch.autograd.grad(loss, trained)):
+            speed[i] = 0.7 * speed[i] + gradient
+            trained[i].data -= 0.2 * speed[i]
+    settings = SHORT | {"iterations": 2, "lr": 0.2, "momentum": 0.7}
+    *_, last = baselines.dec(model, x, centroids, **settings)
+    torch.testing.assert_close(last.centroids, means.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(weights(model.encoder), weights(by_hand.encoder), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_precision_reaches_every_pass(small, monkeypatch, precision):
+    x, _, model, centroids = small
+    asked, autocast = [], training.autocast
+    monkeypatch.setattr(training, "autocast", lambda kind: asked.append(kind) or autocast(kind))
+    for states in (
+        baselines.dec(model, x, centroids, precision=precision, **SHORT),
+        baselines.idec(model, x, centroids, precision=precision, **SHORT),
+    ):
+        del asked[:]
+        assert len(list(states)) == 3 and asked == [precision] * (6 + 3)
+    optimizer = baselines.make_optimizer("adam", model.parameters(), 0.01)
+    del asked[:]
+    baselines.pretrain(model, x, optimizer, 2, 0, 45, precision)
+    assert asked == [precision] * 4
+
+
+def test_the_order_of_batches_is_the_seeds(small):
+    x, _, model, centroids = small
+    ends = []
+    for seed in (0, 1):
+        twin = copy.deepcopy(model)
+        *_, last = baselines.idec(twin, x, centroids, **SHORT | {"seed": seed})
+        ends.append(last.embedding)
+    assert not torch.equal(*ends)
+
+
+def test_states_do_not_change_after_they_were_yielded(small):
+    x, _, model, centroids = small
+    states = baselines.dec(model, x, centroids, **SHORT | {"lr": 0.5})
+    kept = next(states)
+    copies = copy.deepcopy(kept)
+    assert next(states).iteration == 3
+    for name in ("embedding", "q", "p", "centroids"):
+        assert torch.equal(getattr(kept, name), getattr(copies, name))
+        assert not getattr(kept, name).requires_grad
+    assert torch.equal(copies.centroids, torch.tensor(centroids)) and kept.labels.dtype == np.int64
+
+
+def test_a_seed_names_the_start_of_kmeans_and_of_the_mixture():
+    torch.manual_seed(0)
+    z = torch.rand(200, 3)
+    for group in (baselines.kmeans, baselines.gmm):
+        found = []
+        for seed in (0, 0, 1):
+            np.random.seed(len(found))
+            found.append(group(z, 12, seed, n_init=1)[0])
+        assert np.array_equal(found[0], found[1]) and not np.array_equal(found[0], found[2])
+
+
+def test_images_are_grouped_by_all_their_pixels():
+    x = torch.rand(60, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    labels, centroids = baselines.kmeans(x, 4, 0)
+    assert centroids.shape == (4, 18) and np.array_equal(labels, baselines.kmeans(x.flatten(1), 4, 0)[0])
+
+
+def test_the_mixture_is_the_most_likely_of_its_starts():
+    z = torch.rand(300, 3, generator=torch.Generator().manual_seed(2))
+    single = [baselines.gmm(z, 12, seed, n_init=1)[1].lower_bound_ for seed in range(5)]
+    best = baselines.gmm(z, 12, int(np.argmin(single)), n_init=10)[1].lower_bound_
+    assert best > min(single) + 0.01
+    labels, mixture = baselines.gmm(z, 12, 0)
+    assert mixture.n_init == 5 and np.array_equal(labels, mixture.predict(z.double().numpy()))

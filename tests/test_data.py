@@ -9,6 +9,7 @@ import importlib.util
 import io
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import tarfile
@@ -666,6 +667,168 @@ def test_reuters_rcv1_keeps_single_root_documents_and_common_terms(cache, monkey
     expected = np.divide(expected, norms, out=np.zeros_like(expected), where=norms > 0) * np.sqrt(5)
     assert np.allclose(x, expected, atol=1e-6)
     assert y.tolist() == [int(roots[i].argmax()) for i in rows[:12]]
+
+
+# Stored text and JPEG files, small ones in their format
+
+
+def store(folder, name, monkeypatch, arrays):
+    path = folder / data.SOURCES[name].stored
+    np.savez(path, **arrays)
+    monkeypatch.setitem(data.SHA256, path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setenv("DEEPCLUST_DATA", str(folder))
+
+
+@pytest.fixture
+def text(tmp_path, cache, monkeypatch):
+    """Word counts as reuters_r8 stores them, 9 and 5 documents of 12 terms, the third without a word."""
+    counts = np.random.default_rng(4).poisson(0.7, (14, 12)).astype(np.uint8)
+    counts[2] = 0
+    counts[9:, 1] = 0  # a term of training documents alone: a split on its own would weigh it otherwise
+    y = np.arange(14, dtype=np.uint8) % 3
+    arrays = {"x_train": counts[:9], "y_train": y[:9], "x_test": counts[9:], "y_test": y[9:]}
+    store(tmp_path, "reuters_r8", monkeypatch, arrays)
+    return counts.astype(int).tolist(), y
+
+
+def tf_idf(counts):
+    """Log counts times smoothed inverse document frequency, rows scaled to length sqrt(d): plain loops."""
+    n, d = len(counts), len(counts[0])
+    frequency = [sum(row[j] > 0 for row in counts) for j in range(d)]
+    idf = [1 + np.log((1 + n) / (1 + f)) for f in frequency]
+    rows = [[(1 + np.log(row[j])) * idf[j] if row[j] else 0.0 for j in range(d)] for row in counts]
+    lengths = [sum(value**2 for value in row) ** 0.5 for row in rows]
+    return np.array(
+        [[v * d**0.5 / (norm or 1) for v in row] for row, norm in zip(rows, lengths, strict=True)]
+    )
+
+
+def test_words_are_weighed_over_the_whole_collection_whatever_the_split(text):
+    counts, y = text
+    expected = tf_idf(counts)
+    for split, rows in (("all", slice(0, 14)), ("train", slice(0, 9)), ("test", slice(9, 14))):
+        got = data.load("reuters_r8", split)
+        np.testing.assert_allclose(got.x, expected[rows], rtol=1e-5, atol=1e-6)
+        assert got.x.dtype == torch.float32 and got.y.tolist() == y[rows].tolist()
+        assert got.x.is_contiguous() and got.y.dtype == torch.int64 and got.split == split
+    assert not data.load("reuters_r8").x[2].any()
+    assert np.abs(tf_idf(counts[9:]) - expected[9:]).max() > 0.05
+
+
+@pytest.fixture
+def jpeg(tmp_path, cache, monkeypatch):
+    """Seven plain pictures, each of a colour of its own, as JPEG files in a row; the first is grey."""
+    image = importlib.import_module("PIL.Image")
+    colours = np.random.default_rng(5).integers(0, 256, (7, 3), dtype=np.uint8)
+    colours[0] = colours[0, 0]
+    files = []
+    for number, colour in enumerate(colours):
+        picture = np.broadcast_to(colour, (32, 32, 3)).copy()
+        picture[:8] = 255 - colour  # the upper rows, so that a turned picture shows
+        buffer = io.BytesIO()
+        stored = image.fromarray(picture[:, :, 0] if number == 0 else picture)
+        stored.save(buffer, "JPEG", quality=95, subsampling=0)
+        files.append(buffer.getvalue())
+    arrays = {
+        "jpeg": np.frombuffer(b"".join(files), dtype=np.uint8),
+        "y_train": np.arange(4),
+        "y_test": np.arange(3),
+    }
+    arrays["offsets"] = np.cumsum([0, *map(len, files)])
+    store(tmp_path, "cifar10_jpeg", monkeypatch, arrays)
+    return colours.astype(int)
+
+
+def test_jpeg_files_are_opened_in_their_order_and_colours(jpeg):
+    for split, rows, y in (
+        ("all", range(7), [0, 1, 2, 3, 0, 1, 2]),
+        ("train", range(4), [0, 1, 2, 3]),
+        ("test", range(4, 7), [0, 1, 2]),
+    ):
+        got = data.load("cifar10_jpeg", split)
+        assert got.x.shape == (len(rows), 3, 32, 32) and got.x.dtype == torch.uint8 and got.x.is_contiguous()
+        assert got.y.tolist() == y
+        lower, upper = got.x[:, :, 16:, :].float(), got.x[:, :, :8, :].float()
+        for i, row in enumerate(rows):
+            assert (lower[i].mean(dim=(1, 2)) - torch.tensor(jpeg[row])).abs().max() < 6
+            assert (upper[i].mean(dim=(1, 2)) - (255 - torch.tensor(jpeg[row]))).abs().max() < 6
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("har_standin", (11,)), ("cifar10_subset", (8, 8, 3)), ("usps", (6, 5))]
+)
+def test_other_stored_arrays_come_as_they_are(name, shape, tmp_path, cache, monkeypatch):
+    random = np.random.default_rng(6)
+    vectors = len(shape) == 1
+    x = random.normal(size=(9, *shape)) if vectors else random.integers(0, 256, (9, *shape), dtype=np.uint8)
+    y = random.integers(0, 4, 9).astype(np.uint8)
+    arrays = {"x_train": x[:6], "y_train": y[:6], "x_test": x[6:], "y_test": y[6:]}
+    store(tmp_path, name, monkeypatch, arrays)
+    expected = {1: x, 2: x[:, None], 3: x.transpose(0, 3, 1, 2) if len(shape) == 3 else x}[len(shape)]
+    for split, rows in (("all", slice(0, 9)), ("train", slice(0, 6)), ("test", slice(6, 9))):
+        got = data.load(name, split)
+        np.testing.assert_array_equal(got.x, expected[rows].astype(np.float32 if vectors else np.uint8))
+        assert got.y.tolist() == y[rows].tolist() and got.y.dtype == torch.int64
+        assert got.x.dtype == (torch.float32 if vectors else torch.uint8) and got.name == name
+
+
+def test_a_fetch_that_is_cut_off_leaves_nothing_that_needs_a_hand(cache, monkeypatch):
+    """Whatever the moment at which the process dies, the next load works."""
+    replace_source(monkeypatch, "svhn", fetch=lambda folder: small_arrays())
+    replace, moved = os.replace, []
+    for dies_after in (0, 1):
+
+        def dying(source, target, dies_after=dies_after):
+            if len(moved) == dies_after:
+                raise KeyboardInterrupt
+            moved.append(Path(target).name)
+            replace(source, target)
+
+        moved.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(data.os, "replace", dying)
+            with pytest.raises(KeyboardInterrupt):
+                data.load("svhn")
+        assert not (cache / "svhn.npz").exists() and not (cache / "svhn.part").exists()
+        assert len(data.load("svhn").y) == 12
+        (cache / "svhn.npz").unlink()
+    assert moved == ["svhn.sha256"]
+
+
+def test_the_networks_patience_is_put_back_after_a_fetch(cache, monkeypatch):
+    seen = []
+
+    def fetch(folder):
+        seen.append(socket.getdefaulttimeout())
+        if len(seen) == 1:
+            raise OSError("no route")
+        return small_arrays()
+
+    replace_source(monkeypatch, "svhn", fetch=fetch)
+    socket.setdefaulttimeout(7)
+    try:
+        with pytest.raises(FileNotFoundError, match="no route"):
+            data.load("svhn")
+        assert socket.getdefaulttimeout() == 7
+        data.load("svhn")
+        assert socket.getdefaulttimeout() == 7 and seen == [60, 60]
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+def test_a_labelled_subset_is_drawn_class_by_class_from_a_frozen_stream():
+    """The rule in plain steps: who gets one more, then each class's own draw, in the order of the classes."""
+    y = np.array([7, 3, 3, 7, 5, 5, 3, 5, 7, 7, 3, 5, 5])
+    random = np.random.RandomState(11)
+    extra, expected = random.permutation(3)[:2], []
+    for number, c in enumerate((3, 5, 7)):
+        rows = [i for i, label in enumerate(y) if label == c]
+        expected += random.permutation(rows)[: 2 + (number in extra)].tolist()
+    assert data.labelled_subset(y, 8, 11).tolist() == sorted(expected)
+    np.random.seed(0)
+    before = np.random.get_state()[1].tolist()
+    data.labelled_subset(y, 8, 11)
+    assert np.random.get_state()[1].tolist() == before
 
 
 # Full data sets, where they are at hand

@@ -4,13 +4,25 @@ import ast
 import inspect
 import types
 
+import golden
+import numpy as np
 import pytest
 import torch
 from loader import definitions
 
-from deepclust_nb import baselines, networks, training
+from deepclust_nb import baselines, metrics, networks, results, training
 
 CHAPTER = "foundations"
+QUICK = dict(n_clusters=3, pretrain_epochs=2, batch_size=20, iterations=6, update_interval=3, tol=0.0) | {
+    "idec_lr": 0.0003
+}
+OTHER = dict(n_clusters=4, pretrain_epochs=1, batch_size=16, iterations=5, update_interval=2, tol=0.9, seed=3)
+OTHER |= dict(init="fan_in", pretrain_optimizer="sgd", pretrain_lr=0.1, dec_lr=0.05, idec_optimizer="sgd")
+OTHER |= dict(idec_lr=0.02, gamma=0.7, target="batch", n_images=60)
+GOLDEN = {
+    "as it stands": lambda: golden.summary(*golden.run(CHAPTER, **QUICK)),
+    "every switch": lambda: golden.summary(*golden.run(CHAPTER, **OTHER)),
+}
 
 
 def tree(function):
@@ -111,3 +123,161 @@ def test_a_run_is_followed_whole(stage):
     kept = chapter.told(last, trace)
     assert kept["drift"] == pytest.approx(sum(row["drift"] for row in trace[::2]) / 3)
     assert kept["arrays"]["curve"].shape == (5, 3) and kept["steps"] == 8 and kept["converged"] is False
+
+
+def test_a_record_is_told_what_the_trace_holds(stage):
+    """Confidence is the mean over images of the largest share, recomputed here row by row."""
+    chapter, (model, x, y, _) = definitions(CHAPTER), stage
+    _, centroids = baselines.kmeans(baselines.encode(model, x), 3, 0)
+    settings = dict(seed=0, iterations=4, update_interval=2, tol=0.0, batch_size=10)
+    states = list(baselines.dec(model, x, centroids, **settings))
+    last, trace = chapter.follow(iter(states), model, x, y, every=3, n_view=7)
+    assert (
+        last is states[-1] and len(trace) == 3 and ["drift" in row for row in trace] == [True, False, False]
+    )
+    for state, row in zip(states, trace, strict=True):
+        largest = [max(shares) for shares in state.q.tolist()]
+        assert row["confidence"] == pytest.approx(sum(largest) / 30)
+        assert row["acc"] == metrics.accuracy(y, state.labels) and row["changed"] == state.changed
+        assert torch.equal(row["view"], state.embedding[:7]) and torch.equal(row["sizes"], state.sizes)
+        assert {name: row[name] for name in state.losses} == state.losses
+    kept = chapter.told(last, trace)
+    assert kept["randomness"] == trace[0]["randomness"]
+    expected = [[row["acc"], row["changed"], row["confidence"]] for row in trace]
+    torch.testing.assert_close(kept["arrays"]["curve"], torch.tensor(expected))
+    assert torch.equal(kept["arrays"]["code"], states[-1].embedding[:7])
+    assert kept["arrays"]["labels"].tolist() == last.labels.tolist()
+
+
+def test_conflict_looks_at_the_first_images_and_changes_nothing(stage):
+    model, x, y, state = stage
+    chapter, before = definitions(CHAPTER), [w.clone() for w in model.parameters()]
+    _, trace = chapter.follow(iter([full_state(state)]), model, x, y, n_probe=12)
+    few = types.SimpleNamespace(centroids=state.centroids, p=state.p[:12], labels=state.labels[:12])
+    expected = chapter.conflict(model, few, x[:12], y[:12])
+    assert {name: trace[0][name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert expected != pytest.approx(chapter.conflict(model, state, x, y), abs=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def full_state(state):
+    z, sizes = torch.zeros(30, 2), torch.bincount(torch.as_tensor(state.labels))
+    return baselines.State(0, z, state.q, state.p, state.labels, 1.0, state.centroids, sizes, {}, False)
+
+
+def test_a_class_without_a_cluster_is_left_out_of_the_truth(stage):
+    """Only images whose class has a cluster can be told the right one."""
+    model, x, y, state = stage
+    labels = np.where(y == 2, 0, y)
+    two = types.SimpleNamespace(centroids=state.centroids, p=torch.eye(3)[torch.as_tensor(y)], labels=labels)
+    found = definitions(CHAPTER).conflict(model, two, x, y)["randomness"]
+    q = baselines.student_t(model.encode(x), state.centroids)
+    known = torch.as_tensor(y) != 2
+    true = -(q[known].gather(1, torch.as_tensor(y)[known][:, None])).log().mean()
+    pseudo = -(q.gather(1, torch.as_tensor(y)[:, None])).log().mean()
+    slopes = [
+        torch.autograd.grad(loss, list(model.encoder.parameters()), retain_graph=True)
+        for loss in (true, pseudo)
+    ]
+    flat = [torch.cat([part.flatten() for part in parts]) for parts in slopes]
+    assert found == pytest.approx(torch.nn.functional.cosine_similarity(*flat, dim=0).item(), abs=1e-5)
+
+
+def test_timed_gives_the_result_and_the_seconds_of_the_call(monkeypatch):
+    clock = iter([10.0, 12.5])
+    monkeypatch.setattr(definitions(CHAPTER).time, "perf_counter", lambda: next(clock))
+    assert definitions(CHAPTER).timed(divmod, 7, 3) == ((2, 1), 2.5)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The chapter's deciding cells on few digits: what they left behind, and what was seen."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(networks, "Autoencoder", lambda *sizes, **more: Small(*sizes, widths=(20,), **more))
+        yield golden.run(CHAPTER, **QUICK | dict(n_images=70, seed=0, dec_lr=0.05))
+
+
+class Small(networks.Autoencoder):
+    """The autoencoder, with other widths."""
+
+
+def test_every_method_is_scored_on_the_labels_of_its_own_images(whole):
+    """Images are shuffled with their labels, by the same order for every seed."""
+    namespace, seen = whole
+    load = golden.digits()("any", "all")
+    order = torch.randperm(88, generator=torch.Generator().manual_seed(0))[:70]
+    assert torch.equal(namespace["x"], load.x[order]) and namespace["y"].tolist() == load.y[order].tolist()
+    assert [record["method"] for record in seen.records] == ["k-means", "AE+k-means", "AE+GMM", "DEC", "IDEC"]
+    for record in seen.records:
+        labels = seen.predicted[record["method"]]
+        for name in ("acc", "purity", "nmi", "ari"):
+            score = getattr(metrics, "accuracy" if name == "acc" else name)(load.y[order], labels)
+            assert record[name] == pytest.approx(score, abs=1e-6)
+        assert (record["trained_on"], record["scored_on"], record["n"]) == ("all", "all", 88)
+        assert record["n_scored"] == 70 and record["chapter"] == CHAPTER
+    for name, method in (("dec", "DEC"), ("idec", "IDEC")):
+        assert np.array_equal(namespace[name].labels, seen.predicted[method])
+
+
+def test_each_record_counts_the_work_of_its_method(whole):
+    """A step costs 1, k-means 100, a mixture 1000 and the k-means of each of its 5 starts 100."""
+    _, seen = whole
+    seconds = {record["method"]: record["seconds"] for record in seen.records}
+    start = 8 + 100
+    assert seconds == {
+        "k-means": 100,
+        "AE+k-means": start,
+        "AE+GMM": start + 1000 + 500,
+        "DEC": start + 6,
+        "IDEC": start + 6,
+    }
+
+
+def test_kmeans_gets_pixels_and_then_codes_and_the_mixture_codes(whole):
+    namespace, seen = whole
+    pixels, codes = namespace["x"].flatten(1).double() / 255, namespace["z"]
+    assert torch.allclose(codes, namespace["model"].encode(pixels))
+    fits = [fit for fit in seen.fits if fit["settings"]["n_init"] != "1"]  # those are of the mixture's starts
+    told = [("KMeans", pixels, "5"), ("KMeans", codes, "20"), ("GaussianMixture", codes, "5")]
+    for fit, (kind, points, n_init) in zip(fits, told, strict=True):
+        assert fit["kind"] == kind and fit["shape"] == list(points.shape)
+        assert fit["x"] == pytest.approx(golden.checksum(points), abs=1e-6)
+        assert (fit["settings"]["n_init"], fit["settings"]["random_state"]) == (n_init, "0")
+        assert fit["settings"].get("n_clusters", fit["settings"].get("n_components")) == "3"
+
+
+def test_dec_and_idec_start_from_the_same_pretrained_network(whole):
+    namespace, seen = whole
+    for trace in (namespace["dec_trace"], namespace["idec_trace"]):
+        assert torch.allclose(trace[0]["view"], namespace["z"]) and trace[0]["iteration"] == 0
+        start = baselines.student_t(namespace["z"], torch.as_tensor(namespace["centroids"]))
+        assert trace[0]["confidence"] == pytest.approx(start.amax(dim=1).mean().item())
+    assert not torch.allclose(namespace["dec_trace"][-1]["view"], namespace["idec_trace"][-1]["view"])
+    error = namespace["on_code"]["reconstruction"]
+    assert error == pytest.approx(np.mean([step["reconstruction"] for step in seen.steps[:8]]))
+    assert [row["iteration"] for row in namespace["dec_trace"]] == [0, 3, 6]
+    assert all("drift" in row for row in namespace["dec_trace"] + namespace["idec_trace"])
+    for method in ("dec", "idec"):
+        kept = results.arrays(namespace[f"by_{method}"])
+        codes = namespace[f"{method}_model"].encode(namespace["x"].double() / 255).detach()
+        np.testing.assert_allclose(kept["code"], codes, rtol=2e-3, atol=1e-3)
+
+
+def test_the_loops_are_set_by_the_parameters_cell(whole):
+    _, seen = whole
+    told = [
+        {key: value for key, value in loop["groups"][0].items() if key in ("lr", "momentum", "betas")}
+        | {"length": loop["length"], "optimizer": loop["optimizer"]}
+        for loop in seen.loops
+    ]
+    assert told == [
+        {"lr": 0.001, "betas": (0.9, 0.999), "length": 8, "optimizer": "Adam"},
+        {"lr": 0.05, "momentum": 0.9, "length": 6, "optimizer": "SGD"},
+        {"lr": 0.0003, "betas": (0.9, 0.999), "length": 6, "optimizer": "Adam"},
+    ]
+    first, second = seen.steps[8:14], seen.steps[14:20]
+    assert [step["batch"] for step in first] == [step["batch"] for step in second]
+    assert all(step["loss"] == step["clustering"] for step in first)
+    for step in second:
+        assert step["loss"] == pytest.approx(step["reconstruction"] + 0.1 * step["clustering"])

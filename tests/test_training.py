@@ -1,5 +1,12 @@
 """The step generator: what it visits, keeps and refuses, and that a run repeats bit by bit."""
 
+import inspect
+import os
+import random
+import sys
+import types
+
+import numpy as np
 import pytest
 import torch
 
@@ -122,3 +129,148 @@ def test_precision_is_resolved_and_used():
         step = next(iter(training.steps(4, 2, epochs=1, precision=precision)))
         with step.autocast():
             assert (a @ a).dtype == kind
+
+
+def test_the_order_is_that_of_a_generator_of_its_own():
+    """Each pass takes the next permutation of a generator with the seed; torch's own stands still."""
+    torch.manual_seed(9)
+    before = torch.get_rng_state()
+    batches = visited(7, 4, epochs=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    generator = torch.Generator().manual_seed(3)
+    expected = [part for _ in range(2) for part in torch.randperm(7, generator=generator).split(4)]
+    assert all(torch.equal(a, b) for a, b in zip(batches, expected, strict=True))
+    assert batches[0].dtype == torch.int64 and batches[0].device.type == training.device().type
+
+
+def test_defaults_are_an_order_of_seed_0_and_float32():
+    signature = inspect.signature(training.steps).parameters
+    defaults = {name: p.default for name, p in signature.items() if p.default is not inspect.Parameter.empty}
+    expected = {"epochs": None, "seed": 0, "iterations": None, "precision": "float32"}
+    assert {name: defaults[name] for name in expected} == expected
+    assert inspect.signature(training.Steps.watch_clusters).parameters["largest"].default == 0.9
+
+
+def test_a_seed_names_what_all_three_libraries_draw():
+    def drawn(seed):
+        training.seed_everything(seed)
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    torch.backends.cudnn.benchmark = True
+    try:
+        first = drawn(4)
+        random.random(), np.random.rand(), torch.rand(1)
+        assert first == drawn(4) and not set(first) & set(drawn(5))
+        assert first == (random.Random(4).random(), np.random.RandomState(4).rand(), first[2])
+        assert first[2] == torch.rand(1, generator=torch.Generator().manual_seed(4)).item()
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.backends.cudnn.benchmark = False
+
+
+def test_history_and_means_hold_finished_steps_alone():
+    loop = training.steps(1, 1, iterations=5)
+    weight = torch.nn.Parameter(torch.tensor(1.0))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    for step in loop:
+        step.update(optimizer, 0 * weight, {"number": weight.detach() * (step.number + 1) ** 2})
+        assert len(loop.history["number"]) == step.number
+        if step.number == 3:
+            break
+    assert loop.history["number"].tolist() == [1, 4, 9] and loop.history["number"].dtype == np.float32
+    assert loop.means() == {"number": pytest.approx(14 / 3)} and loop.means(2) == {"number": 9}
+    assert loop.number == 3 and len(loop) == 5
+
+
+def test_a_step_does_not_add_to_the_gradient_before():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    for step in training.steps(1, 1, iterations=3):
+        step.update(optimizer, weight.sum(), {"loss": weight.sum()})
+    assert weight.item() == -3
+
+
+def test_a_term_that_needs_a_gradient_is_kept_as_a_number_alone():
+    loop, weight = training.steps(1, 1, iterations=1), torch.nn.Parameter(torch.ones(1))
+    for step in loop:
+        step.update(torch.optim.SGD([weight], lr=1.0), weight.sum(), {"loss": weight.sum()})
+    assert loop._terms["loss"].grad_fn is None and loop.history["loss"].tolist() == [1]
+
+
+def test_a_finite_part_does_not_hide_a_loss_that_is_not():
+    weight = torch.nn.Parameter(torch.ones(1))
+    step = next(iter(training.steps(1, 1, iterations=1)))
+    with pytest.raises(FloatingPointError, match="part is -inf at step 0"):
+        step.update(torch.optim.SGD([weight], lr=1.0), weight.sum(), {"part": -weight.sum() * float("inf")})
+
+
+def test_sizes_are_refused_before_the_first_step():
+    for wrong in ((0, 1), (1, 0), (-1, 1)):
+        with pytest.raises(ValueError, match="n, batch_size and the length must be at least 1"):
+            training.steps(*wrong, epochs=1)
+    with pytest.raises(ValueError, match="give either epochs or iterations"):
+        training.steps(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("share", "largest", "stops"), [(9, 0.9, False), (10, 0.9, True), (8, 0.8, False), (9, 0.8, True)]
+)
+def test_a_share_equal_to_the_largest_is_no_collapse(share, largest, stops):
+    labels = torch.tensor([1] * share + [0] * (10 - share))
+    loop = training.steps(10, 5, epochs=1)
+    if stops:
+        with pytest.raises(training.CollapseError, match=f"cluster 1 holds {share}0% of the points"):
+            loop.watch_clusters(labels, 3, largest)
+    else:
+        assert loop.watch_clusters(labels, 3, largest).tolist() == [10 - share, share, 0]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "native", "expected"),
+    [
+        (True, True, "bfloat16"),
+        (True, False, "float32"),
+        (False, True, "bfloat16"),
+        (False, False, "float32"),
+    ],
+)
+def test_auto_is_bfloat16_only_where_the_hardware_has_it(monkeypatch, cuda, native, expected):
+    """A GPU that emulates it says yes unless asked for itself; what the other device has does not count."""
+    on_gpu, on_cpu = (native, not native) if cuda else (not native, native)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: on_gpu or including_emulation
+    )
+    there = {"avx512_bf16": on_cpu, "avx512_vnni": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: there, raising=False)
+    assert training.resolve_precision("auto") == training.resolve_precision() == expected
+    assert training.device().type == ("cuda" if cuda else "cpu")
+
+
+def test_progress_is_shown_where_somebody_watches(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(isatty=lambda: False))
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    monkeypatch.delitem(sys.modules, "google.colab", raising=False)
+    assert not training._interactive()
+    monkeypatch.setitem(os.environ, "JPY_SESSION_NAME", "chapter")
+    assert training._interactive()
+    monkeypatch.delenv("JPY_SESSION_NAME")
+    monkeypatch.setitem(sys.modules, "google.colab", types)
+    assert training._interactive()
+    monkeypatch.delitem(sys.modules, "google.colab")
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(isatty=lambda: True))
+    assert training._interactive()
+
+
+def test_weights_and_losses_stay_in_float32_under_bfloat16():
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=True)
+    loop = training.steps(4, 2, epochs=1, precision="bfloat16")
+    for step in loop:
+        with step.autocast():
+            out = model(torch.ones(2, 3))
+        assert out.dtype == torch.bfloat16 and step.precision == "bfloat16"
+        step.update(optimizer, out.float().square().mean(), {"loss": out.float().square().mean()})
+    assert all(w.dtype == torch.float32 for w in model.parameters())
+    assert all(state["exp_avg"].dtype == torch.float32 for state in optimizer.state.values())
