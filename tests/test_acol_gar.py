@@ -16,7 +16,7 @@ import torch
 from loader import chapter_file, definitions
 from torch import nn
 
-from deepclust_nb import baselines, metrics, results, training
+from deepclust_nb import baselines, metrics, records, training
 
 CHAPTER = "acol_gar"
 TINY = dict(side=8, width=2, n_features=12, n_duplicates=3, n_clusters=3, epochs=2, batch_size=20, n_looks=3)
@@ -1013,8 +1013,8 @@ def test_recorded_quick_runs_had_the_parameters_of_today():
     exec(cell_with("profile = "), today)
     del today["__builtins__"]
     for method in ("ACOL-GAR", "k-means"):
-        records = results.load(CHAPTER, today["dataset"], today["profile"], method)
-        assert records and all(r["parameters"] | {"seed": 0} == today for r in records)
+        found = records.load(CHAPTER, today["dataset"], today["profile"], method)
+        assert found and all(r["parameters"] | {"seed": 0} == today for r in found)
 
 
 def test_the_code_that_is_shown_takes_the_papers_terms_and_size_by_default(acol):

@@ -260,10 +260,13 @@ def test_dec_finds_what_is_there_and_repeats(small):
     assert torch.equal(runs[0].embedding, runs[1].embedding)
 
 
-def test_collapse_stops_dec(small):
+def test_collapse_stops_dec_and_truly_unbalanced_data_may_be_let_through(small):
     _, _, model, centroids = small
-    with pytest.raises(training.CollapseError, match="step 0"):
+    with pytest.raises(training.CollapseError, match="step 0.*more than max_share = 0.9"):
         next(baselines.dec(model, torch.zeros(90, 12), centroids, **SHORT))
+    for run in (baselines.dec, baselines.idec):
+        *_, last = run(copy.deepcopy(model), torch.zeros(90, 12), centroids, max_share=1.0, **SHORT)
+        assert last.sizes.max() == 90 and last.iteration == 6
 
 
 @pytest.mark.parametrize(
@@ -338,7 +341,11 @@ def test_defaults_are_those_of_the_named_codes():
     assert defaults(baselines.dec) == {"optimizer": "sgd", "lr": 0.01, "momentum": 0.9}
     assert defaults(baselines.idec) == {"gamma": 0.1, "optimizer": "adam", "lr": 0.001, "momentum": 0.99}
     expected = {"iterations": 20_000, "update_interval": 140, "tol": 0.001, "batch_size": 256}
-    assert defaults(baselines.self_train) == expected | {"target": "all", "precision": "float32"}
+    assert defaults(baselines.self_train) == expected | {
+        "target": "all",
+        "max_share": 0.9,
+        "precision": "float32",
+    }
     assert defaults(baselines.pretrain) == {"batch_size": 256, "precision": "float32"}
     assert defaults(baselines.kmeans) == {"n_init": 20} and defaults(baselines.gmm) == {"n_init": 5}
     assert defaults(baselines.student_t) == {"alpha": 1.0}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from loader import definitions
 
-from deepclust_nb import baselines, metrics, networks, results, training
+from deepclust_nb import baselines, metrics, networks, records, training
 
 CHAPTER = "foundations"
 QUICK = dict(n_clusters=3, pretrain_epochs=2, batch_size=20, iterations=6, update_interval=3, tol=0.0) | {
@@ -259,7 +259,7 @@ def test_dec_and_idec_start_from_the_same_pretrained_network(whole):
     assert [row["iteration"] for row in namespace["dec_trace"]] == [0, 3, 6]
     assert all("drift" in row for row in namespace["dec_trace"] + namespace["idec_trace"])
     for method in ("dec", "idec"):
-        kept = results.arrays(namespace[f"by_{method}"])
+        kept = records.arrays(namespace[f"by_{method}"])
         codes = namespace[f"{method}_model"].encode(namespace["x"].double() / 255).detach()
         np.testing.assert_allclose(kept["code"], codes, rtol=2e-3, atol=1e-3)
 

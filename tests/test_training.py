@@ -96,12 +96,14 @@ def test_collapse_is_noticed_at_its_share():
     loop = training.steps(10, 5, epochs=1)
     labels = torch.tensor([0] * 9 + [2])
     assert loop.watch_clusters(labels, 4).tolist() == [9, 0, 1, 0]
-    with pytest.raises(training.CollapseError, match="step 0: cluster 0 holds 100%"):
+    with pytest.raises(
+        training.CollapseError, match="step 0: cluster 0 holds 100% of the points, more than max_share = 0.9"
+    ):
         loop.watch_clusters(torch.zeros(10, dtype=torch.int64), 4)
     with pytest.raises(training.CollapseError, match="cluster 1 holds 95%"):
         loop.watch_clusters(torch.tensor([0] + [1] * 19), 4)
     with pytest.raises(training.CollapseError):
-        loop.watch_clusters(labels.numpy(), 4, largest=0.8)
+        loop.watch_clusters(labels.numpy(), 4, max_share=0.8)
 
 
 def trained(seed):
@@ -146,9 +148,9 @@ def test_the_order_is_that_of_a_generator_of_its_own():
 def test_defaults_are_an_order_of_seed_0_and_float32():
     signature = inspect.signature(training.steps).parameters
     defaults = {name: p.default for name, p in signature.items() if p.default is not inspect.Parameter.empty}
-    expected = {"epochs": None, "seed": 0, "iterations": None, "precision": "float32"}
+    expected = {"epochs": None, "seed": 0, "iterations": None, "precision": "float32", "smallest": 1}
     assert {name: defaults[name] for name in expected} == expected
-    assert inspect.signature(training.Steps.watch_clusters).parameters["largest"].default == 0.9
+    assert inspect.signature(training.Steps.watch_clusters).parameters["max_share"].default == 0.9
 
 
 def test_a_seed_names_what_all_three_libraries_draw():
@@ -214,16 +216,16 @@ def test_sizes_are_refused_before_the_first_step():
 
 
 @pytest.mark.parametrize(
-    ("share", "largest", "stops"), [(9, 0.9, False), (10, 0.9, True), (8, 0.8, False), (9, 0.8, True)]
+    ("share", "limit", "stops"), [(9, 0.9, False), (10, 0.9, True), (8, 0.8, False), (9, 0.8, True)]
 )
-def test_a_share_equal_to_the_largest_is_no_collapse(share, largest, stops):
+def test_a_share_equal_to_the_largest_is_no_collapse(share, limit, stops):
     labels = torch.tensor([1] * share + [0] * (10 - share))
     loop = training.steps(10, 5, epochs=1)
     if stops:
         with pytest.raises(training.CollapseError, match=f"cluster 1 holds {share}0% of the points"):
-            loop.watch_clusters(labels, 3, largest)
+            loop.watch_clusters(labels, 3, limit)
     else:
-        assert loop.watch_clusters(labels, 3, largest).tolist() == [10 - share, share, 0]
+        assert loop.watch_clusters(labels, 3, limit).tolist() == [10 - share, share, 0]
 
 
 @pytest.mark.parametrize(
@@ -274,3 +276,29 @@ def test_weights_and_losses_stay_in_float32_under_bfloat16():
         step.update(optimizer, out.float().square().mean(), {"loss": out.float().square().mean()})
     assert all(w.dtype == torch.float32 for w in model.parameters())
     assert all(state["exp_avg"].dtype == torch.float32 for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size", "smallest", "sizes"),
+    [
+        (21, 10, 2, [10, 11]),
+        (21, 10, 1, [10, 10, 1]),
+        (22, 10, 2, [10, 10, 2]),
+        (5, 5, 2, [5]),
+        (5, 9, 5, [5]),
+    ]
+    + [(11, 10, 2, [11]), (23, 10, 4, [10, 13]), (3, 2, 2, [3])],
+)
+def test_a_last_batch_that_is_too_small_joins_the_one_before(n, batch_size, smallest, sizes):
+    """Batch normalisation in training cannot take one sample."""
+    loop = training.steps(n, batch_size, epochs=2, seed=3, smallest=smallest)
+    batches = [step.index.clone() for step in loop]
+    assert [len(batch) for batch in batches] == 2 * sizes and len(loop) == 2 * len(sizes)
+    order = torch.cat([step.index.clone() for step in training.steps(n, batch_size, epochs=2, seed=3)])
+    assert torch.equal(torch.cat(batches), order)
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 5), (5, 1)])
+def test_batches_that_cannot_hold_the_smallest_number_are_refused(n, batch_size):
+    with pytest.raises(ValueError, match=f"at least 2 samples, got n {n}, batch_size {batch_size}"):
+        training.steps(n, batch_size, epochs=1, smallest=2)
