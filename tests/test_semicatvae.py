@@ -21,7 +21,8 @@ from deepclust_nb import data, training
 CHAPTER = "semicatvae"
 SETTINGS = dict(weights=(1.0, 1.0, 5.0, 1.0), alpha=0.6, temperature=1.0, noisy=True, assignment="bounded")
 SETTINGS |= dict(assigner="nearest", lender_gradient=True)
-TINY = dict(width=2, n_features=8, epochs=3, batch_size=15, n_labels=6, n_map=100, n_looks=3)
+# With few features or a fast rate codes become equal up to rounding, and the processor chooses who lends.
+TINY = dict(width=2, n_features=40, epochs=3, batch_size=15, lr=0.0005, n_labels=6, n_map=100, n_looks=3)
 PRINTED = dict(moves="none", schedule="halved")
 
 
@@ -30,11 +31,24 @@ def checked(**parameters):
     return golden.run(CHAPTER, tags={"definition", "parameters", "check"}, **parameters)[0]["parameters"]
 
 
+def untied(cdist):
+    """`torch.cdist`, but it refuses an image with two equally near lenders."""
+
+    def spy(*given, **more):
+        apart = cdist(*given, **more)
+        assert apart.detach().sort(dim=1).values.diff(dim=1).min() > 1e-9, "a tie: choose other parameters"
+        return apart
+
+    return spy
+
+
 def case(n_train=48, n_test=40, **parameters):
     """A function to the numbers of one run, the looks' among them: a record keeps those of seed 0 alone."""
 
     def summary():
-        namespace, seen = golden.run(CHAPTER, golden.digits(n_train, n_test), **parameters)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "cdist", untied(torch.cdist))
+            namespace, seen = golden.run(CHAPTER, golden.digits(n_train, n_test), **parameters)
         return golden.summary(namespace, seen) | {"trace": golden.plain(namespace["trace"])}
 
     return summary
@@ -47,7 +61,7 @@ GOLDEN = {
         **TINY
         | PRINTED
         | dict(seed=1, draw=0, alpha=0.3, last_temperature=0.5, profile="laptop")
-        | dict(w_reconstruction=0.5, w_category=2.0, w_assignment=3.0, w_feature=4.0)
+        | dict(w_reconstruction=4.0, w_category=2.0, w_assignment=3.0, w_feature=0.5)
     ),
     "the same copies borrow, from five": case(
         **TINY | dict(moves="same", assigner="five", noisy=False, temperature=1.5, n_images=40, seed=3)
