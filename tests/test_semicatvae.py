@@ -469,7 +469,20 @@ def test_the_objective_is_the_weighted_sum_of_terms_computed_apart(cat):
     terms += [cat.assignment_loss(c, a).mean(), cat.feature_loss(torch.cdist(f, f[:3]), a, given, 0.6)]
     assert list(parts) == ["reconstruction", "category", "assignment", "feature"]
     assert torch.allclose(torch.stack(list(parts.values())), torch.stack(terms), atol=1e-6)
-    assert torch.allclose(loss, sum(w * t for w, t in zip((2, 3, 5, 7), terms, strict=True)))
+    expected = sum(w * t for w, t in zip((2, 3, 5, 7), terms, strict=True))
+    assert torch.allclose(loss, expected)
+    weights = [p for p in net.parameters() if p.requires_grad]
+    slopes = (torch.autograd.grad(value, weights) for value in (loss, expected))
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(*slopes, strict=True))
+
+
+def test_gradients_reach_the_codes_from_the_head_and_from_the_picture_and_the_category_too(cat):
+    torch.manual_seed(0)
+    net, f = cat.CatVAE(width=2), torch.rand(5, 50, requires_grad=True)
+    c = torch.rand(5, 10).softmax(dim=1).requires_grad_()
+    slopes = torch.autograd.grad(net.decode(f, c).square().sum(), (f, c))
+    slopes += torch.autograd.grad(net(torch.rand(5, 1, 28, 28))[1].square().sum(), net.encoder[0].weight)
+    assert all(slope.abs().max() > 1e-4 for slope in slopes)
 
 
 def test_noise_and_cross_entropy_are_switches(cat):
@@ -568,17 +581,26 @@ def test_training_is_repeatable_and_follows_its_seed(cat):
     assert torch.equal(first, again) and not torch.allclose(first, other)
 
 
+def require_plain_adam(optimizer, model, lr):
+    assert type(optimizer) is torch.optim.Adam and len(optimizer.param_groups) == 1
+    (group,) = optimizer.param_groups
+    expected = torch.optim.Adam(model.parameters(), lr=lr, fused=True).param_groups[0]
+    assert {id(p) for p in group["params"]} == {id(p) for p in expected.pop("params")}
+    assert (expected | {"lr": group["lr"]}).items() <= group.items() and group["initial_lr"] == lr
+
+
 def run_of(cat, monkeypatch, run):
     """What a training loop gave `objective` and its rates, with a loss in its place that costs nothing."""
     steps, update = [], training.Steps.update
 
     def cheap(model, images, seen, given, **settings):
         steps.append(settings | {"images": images.clone(), "seen": seen.clone(), "given": given})
-        steps[-1]["is"] = seen is images
+        steps[-1] |= {"is": seen is images, "model": model}
         loss = model.head[0].bias.square().sum()
         return loss, {"all": loss}
 
     def noted(loop, optimizer, *rest):
+        require_plain_adam(optimizer, steps[-1]["model"], 0.01)
         steps[-1]["lr"] = optimizer.param_groups[0]["lr"]
         update(loop, optimizer, *rest)
 
@@ -753,6 +775,7 @@ def test_the_terms_and_rates_of_the_neighbours_are_those_of_their_docstring(cat,
         losses = (loss, sum(expected.values()))
         slopes = [torch.autograd.grad(value, net.layer.weight, retain_graph=True)[0] for value in losses]
         assert torch.allclose(*losses) and torch.allclose(*slopes, atol=1e-7)
+        require_plain_adam(optimizer, net, 0.01)
         rows.append(optimizer.param_groups[0]["lr"])
         update(loop, optimizer, loss, terms)
 
