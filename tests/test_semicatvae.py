@@ -3,19 +3,85 @@
 import copy
 import math
 
+import golden
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from loader import definitions
-from scipy.stats import chisquare
+from scipy.ndimage import affine_transform
+from scipy.stats import chisquare, kstest
+from sklearn.linear_model import LogisticRegression
+from sklearn.manifold import TSNE
 from sklearn.metrics import pairwise_distances
 from sklearn.neighbors import KNeighborsClassifier
 
-from deepclust_nb import training
+from deepclust_nb import data, training
 
 CHAPTER = "semicatvae"
 SETTINGS = dict(weights=(1.0, 1.0, 5.0, 1.0), alpha=0.6, temperature=1.0, noisy=True, assignment="bounded")
 SETTINGS |= dict(assigner="nearest", lender_gradient=True)
+# With few features or a fast rate codes become equal up to rounding, and the processor chooses who lends.
+TINY = dict(width=2, n_features=40, epochs=3, batch_size=15, lr=0.0005, n_labels=6, n_map=100, n_looks=3)
+PRINTED = dict(moves="none", schedule="halved")
+
+
+def checked(**parameters):
+    """The parameters of a run, as the chapter's own check gives them back, before anything is loaded."""
+    return golden.run(CHAPTER, tags={"definition", "parameters", "check"}, **parameters)[0]["parameters"]
+
+
+def untied(cdist):
+    """`torch.cdist`, but it refuses an image with two equally near lenders."""
+
+    def spy(*given, **more):
+        apart = cdist(*given, **more)
+        assert apart.detach().sort(dim=1).values.diff(dim=1).min() > 1e-9, "a tie: choose other parameters"
+        return apart
+
+    return spy
+
+
+def case(n_train=48, n_test=40, **parameters):
+    """A function to the numbers of one run, the looks' among them: a record keeps those of seed 0 alone."""
+
+    def summary():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "cdist", untied(torch.cdist))
+            namespace, seen = golden.run(CHAPTER, golden.digits(n_train, n_test), **parameters)
+        return golden.summary(namespace, seen) | {"trace": golden.plain(namespace["trace"])}
+
+    return summary
+
+
+GOLDEN = {
+    "defaults": lambda: golden.plain(checked()),
+    "moved copies": case(n_test=130, **TINY, with_self_training=True),
+    "as printed": case(
+        **TINY
+        | PRINTED
+        | dict(seed=1, draw=0, alpha=0.3, last_temperature=0.5, profile="laptop")
+        | dict(w_reconstruction=4.0, w_category=2.0, w_assignment=3.0, w_feature=0.5)
+    ),
+    "the same copies borrow, from five": case(
+        **TINY | dict(moves="same", assigner="five", noisy=False, temperature=1.5, n_images=40, seed=3)
+    ),
+    "labelled copies, class means, no gradient through lenders": case(
+        **TINY
+        | dict(moves="labelled", assigner="means", lender_gradient=False, draw=7)
+        | dict(with_self_training=True)
+    ),
+    "the network's own answers in a cross-entropy": case(
+        **TINY
+        | dict(moves="none", assigner="network", assignment="cross-entropy", n_looks=5)
+        | dict(with_self_training=True, dataset="fashion_5k", seed=2)
+    ),
+    "moved copies, clean cross-entropy, class means": case(
+        **TINY | dict(assigner="means", assignment="cross-entropy", noisy=False, lender_gradient=False)
+    ),
+    "all labels": case(**TINY | dict(n_labels=0, seed=4, temperature=2.0, last_temperature=0.5)),
+    "all labels, as printed": case(**TINY | PRINTED | dict(n_labels=0, with_self_training=True)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +109,12 @@ def test_the_noise_has_gumbels_mean_and_variance(cat):
     noise = cat.gumbel_noise((400_000,), generator=generator()).double()
     assert abs(noise.mean() - 0.5772156649) < 0.01
     assert abs(noise.var() - math.pi**2 / 6) < 0.02
+
+
+def test_the_noise_follows_its_generator_and_else_torchs(cat):
+    first, again = (cat.gumbel_noise((2, 3), generator=generator(4)) for _ in range(2))
+    torch.manual_seed(4)
+    assert torch.equal(first, again) and torch.equal(first, cat.gumbel_noise((2, 3)))
 
 
 def test_the_largest_noisy_logit_has_the_softmax_probabilities(cat):
@@ -101,10 +173,12 @@ def test_assignment_loss_lies_between_0_and_1_and_reaches_both(cat):
 
 
 @pytest.mark.parametrize("k", [3, 4, 10])
-def test_equation_15_as_printed_does_not_know_the_label(k):
+def test_summed_over_all_categories_equation_16_does_not_know_the_label_and_alone_it_does(cat, k):
     P = probabilities(20, k, concentration=2.0)
-    printed = sum(-P[:, c].log() + sum(P[:, j].log() for j in range(k) if j != c) for c in range(k))
-    assert torch.allclose(printed, (k - 2) * P.log().sum(dim=1))
+    each = torch.stack([cat.assignment_loss(P, torch.full((20,), c)) for c in range(k)], dim=1)
+    s = 1 + torch.tanh(P.log())
+    assert torch.allclose(each.sum(dim=1), (k + (k - 2) * s.sum(dim=1)) / 2)
+    assert torch.equal(each.argsort(dim=1), P.argsort(dim=1, descending=True))
 
 
 def test_cross_entropy_is_torchs(cat):
@@ -257,7 +331,72 @@ def test_moves_are_drawn_for_each_image_and_stay_within_their_amounts(cat):
     assert scaled.min() >= 0.9 and scaled.max() <= 1.1 and scaled.std() > 0.05
 
 
+def test_moves_are_five_independent_uniform_numbers(cat):
+    torch.manual_seed(0)
+    maps = cat.random_moves(4000, 20, shift=3.0, turn=0.2, scale=0.1, shear=0.3).double()
+    assert torch.allclose(maps[:, 0, 0], maps[:, 1, 1])
+    size, angle = maps[:, 1, :2].norm(dim=1), torch.atan2(maps[:, 1, 0], maps[:, 1, 1])
+    shear = maps[:, 0, 1] + size * angle.sin()
+    pixels = maps[:, :, 2] * 20 / 2
+    found = torch.stack([(size - 1) / 0.1, angle / 0.2, shear / 0.3, pixels[:, 0] / 3, pixels[:, 1] / 3])
+    assert all(kstest(row.numpy(), "uniform", (-1, 2)).pvalue > 1e-3 for row in found)
+    assert (torch.corrcoef(found) - torch.eye(5)).abs().max() < 0.06
+
+
+def test_the_usual_moves_are_two_pixels_and_a_fifth_of_a_turn_a_tenth_of_size_a_fifth_of_shear(cat):
+    found = []
+    for given in ({}, dict(shift=2.0, turn=0.2, scale=0.1, shear=0.2)):
+        torch.manual_seed(0)
+        found.append(cat.random_moves(9, 28, **given))
+    assert torch.equal(*found)
+
+
+def test_a_moved_picture_is_scipys(cat):
+    images = torch.rand(3, 1, 28, 28, generator=generator()).double()
+    torch.manual_seed(0)
+    maps = cat.random_moves(3, 28, shift=4.0, turn=0.5, scale=0.2, shear=0.3).double()
+    for image, found, move in zip(images, cat.moved(images, maps), maps.numpy(), strict=True):
+        matrix, middle = move[::-1, 1::-1], np.array([13.5, 13.5])  # rows first
+        offset = middle + 14 * move[::-1, 2] - matrix @ middle
+        kept = dict(order=1, mode="grid-constant", cval=0.0)
+        assert np.allclose(found[0], affine_transform(image[0].numpy(), matrix, offset, **kept), atol=1e-6)
+
+
 # the network and the objective
+
+
+def test_the_first_weights_are_normal_with_variance_one_over_the_inputs(cat):
+    torch.manual_seed(0)
+    net = cat.CatVAE(width=16)
+    inputs = [36, 16 * 36, 32 * 16, 64 * 81] + [50, 50, 25] + [60, 50 * 81, 64 * 16 / 4, 32 * 36, 16 * 36]
+    kinds = torch.nn.Conv2d | torch.nn.ConvTranspose2d | torch.nn.Linear
+    layers = [layer for layer in net.modules() if isinstance(layer, kinds)]
+    for layer, n in zip(layers, inputs, strict=True):
+        w = layer.weight.detach().double().ravel() * n**0.5
+        assert abs(w.var() - 1) < 5 * (2 / len(w)) ** 0.5 and layer.bias.abs().max() == 0
+        assert kstest(w.numpy(), "norm").pvalue > 1e-4
+    for norm in (layer for layer in net.modules() if isinstance(layer, torch.nn.BatchNorm2d)):
+        assert (norm.weight == 1).all() and (norm.bias == 0).all()
+        assert (norm.eps, norm.momentum) == (1e-5, 0.1)
+
+
+def test_a_new_model_is_that_of_its_seed_with_channels_last(cat):
+    for seed in (0, 5):
+        net = cat.new_model(seed, "cpu", width=2, n_features=8)
+        after = torch.rand(3)
+        training.seed_everything(seed)
+        expected = cat.CatVAE(width=2, n_features=8).state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in net.state_dict().items())
+        assert torch.equal(after, torch.rand(3))
+        assert net.encoder[3].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_code_of_zeros_stays_zero_and_the_shortest_others_have_length_1(cat):
+    net = cat.CatVAE(width=1, n_features=4)
+    kept = torch.tensor([[0.0] * 4, [3e-8, 0, 0, 0], [2.0, 0, 0, 1.0]])
+    net.encoder = torch.nn.Identity()
+    f, _ = net(kept)
+    assert torch.allclose(f, torch.tensor([[0.0] * 4, [1.0, 0, 0, 0], [0.8**0.5, 0, 0, 0.2**0.5]]))
 
 
 def test_the_network_has_the_papers_sizes(cat):
@@ -330,7 +469,20 @@ def test_the_objective_is_the_weighted_sum_of_terms_computed_apart(cat):
     terms += [cat.assignment_loss(c, a).mean(), cat.feature_loss(torch.cdist(f, f[:3]), a, given, 0.6)]
     assert list(parts) == ["reconstruction", "category", "assignment", "feature"]
     assert torch.allclose(torch.stack(list(parts.values())), torch.stack(terms), atol=1e-6)
-    assert torch.allclose(loss, sum(w * t for w, t in zip((2, 3, 5, 7), terms, strict=True)))
+    expected = sum(w * t for w, t in zip((2, 3, 5, 7), terms, strict=True))
+    assert torch.allclose(loss, expected)
+    weights = [p for p in net.parameters() if p.requires_grad]
+    slopes = (torch.autograd.grad(value, weights) for value in (loss, expected))
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(*slopes, strict=True))
+
+
+def test_gradients_reach_the_codes_from_the_head_and_from_the_picture_and_the_category_too(cat):
+    torch.manual_seed(0)
+    net, f = cat.CatVAE(width=2), torch.rand(5, 50, requires_grad=True)
+    c = torch.rand(5, 10).softmax(dim=1).requires_grad_()
+    slopes = torch.autograd.grad(net.decode(f, c).square().sum(), (f, c))
+    slopes += torch.autograd.grad(net(torch.rand(5, 1, 28, 28))[1].square().sum(), net.encoder[0].weight)
+    assert all(slope.abs().max() > 1e-4 for slope in slopes)
 
 
 def test_noise_and_cross_entropy_are_switches(cat):
@@ -362,16 +514,16 @@ def test_labels_are_borrowed_by_the_images_and_not_by_their_moved_pictures(cat):
     assert torch.allclose(parts["reconstruction"], F.mse_loss(net.decode(f, c), seen))
 
 
-def test_the_lending_codes_can_be_held_fixed(cat):
+@pytest.mark.parametrize("moves_them", [True, False])
+def test_the_lending_codes_can_be_held_fixed(cat, moves_them):
     torch.manual_seed(0)
-    net, images = cat.CatVAE(width=2), torch.rand(9, 1, 28, 28)
-    only = dict(weights=(0.0, 0.0, 0.0, 1.0))
-    values = []
-    for moves_them in (True, False):
-        net.zero_grad()
-        joined(cat, net, images, images, torch.arange(3), **only, lender_gradient=moves_them)[0].backward()
-        values.append(net.encoder[0].weight.grad.clone())
-    assert not torch.allclose(*values)
+    net, images, given = cat.CatVAE(width=2), torch.rand(9, 1, 28, 28), torch.arange(3)
+    loss, _ = joined(cat, net, images, images, given, weights=(0, 0, 0, 1.0), lender_gradient=moves_them)
+    f, _ = net(images)
+    apart = torch.stack([(row - (f[:3] if moves_them else f[:3].detach())).norm(dim=1) for row in f[3:]])
+    expected = 0.4 * apart.amin(dim=1).mean() / 2**0.5
+    found, expected = (torch.autograd.grad(value, net.encoder[0].weight)[0] for value in (loss, expected))
+    assert found.abs().max() > 1e-4 and torch.allclose(found, expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("moves, lends, learns", [("none", 0, 0), ("affine", 0, 1), ("same", 1, 1)])
@@ -402,17 +554,17 @@ def small(n=60, seed=0):
     return x.to(torch.uint8), y
 
 
-def trained(cat, seed=0, moves="none", epochs=6, **changed):
+FIRST, REST = torch.arange(6), torch.arange(6, 60)
+
+
+def trained(cat, seed=0, moves="none", epochs=6, picked=FIRST, others=REST, **changed):
     x, y = small()
     training.seed_everything(seed)
     net = cat.CatVAE(3, 8, 2)
     how = dict(epochs=epochs, batch_size=24, lr=0.01, seed=seed, precision="float32", schedule="cosine")
     how |= dict(moves=moves, n_looks=2, temperatures=(1.0, 1.0)) | changed
     settings = {name: value for name, value in SETTINGS.items() if name != "temperature"}
-    loops = [
-        loop.number
-        for loop in cat.train(net, x, torch.arange(6), y[:6], torch.arange(6, 60), settings, **how)
-    ]
+    loops = [loop.number for loop in cat.train(net, x, picked, y[picked], others, settings, **how)]
     return net, loops
 
 
@@ -429,14 +581,87 @@ def test_training_is_repeatable_and_follows_its_seed(cat):
     assert torch.equal(first, again) and not torch.allclose(first, other)
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [{"schedule": "halved"}, {"temperatures": (1.0, 0.2)}]
-    + [{"moves": moves} for moves in ("affine", "same", "labelled")],
-)
-def test_a_run_follows_its_schedule_its_moves_and_its_temperatures(cat, changed):
-    plain, other = trained(cat)[0], trained(cat, **changed)[0]
-    assert not torch.allclose(plain.head[0].weight, other.head[0].weight)
+def require_plain_adam(optimizer, model, lr):
+    assert type(optimizer) is torch.optim.Adam and len(optimizer.param_groups) == 1
+    (group,) = optimizer.param_groups
+    expected = torch.optim.Adam(model.parameters(), lr=lr, fused=True).param_groups[0]
+    assert {id(p) for p in group["params"]} == {id(p) for p in expected.pop("params")}
+    assert (expected | {"lr": group["lr"]}).items() <= group.items() and group["initial_lr"] == lr
+
+
+def run_of(cat, monkeypatch, run):
+    """What a training loop gave `objective` and its rates, with a loss in its place that costs nothing."""
+    steps, update = [], training.Steps.update
+
+    def cheap(model, images, seen, given, **settings):
+        steps.append(settings | {"images": images.clone(), "seen": seen.clone(), "given": given})
+        steps[-1] |= {"is": seen is images, "model": model}
+        loss = model.head[0].bias.square().sum()
+        return loss, {"all": loss}
+
+    def noted(loop, optimizer, *rest):
+        require_plain_adam(optimizer, steps[-1]["model"], 0.01)
+        steps[-1]["lr"] = optimizer.param_groups[0]["lr"]
+        update(loop, optimizer, *rest)
+
+    monkeypatch.setattr(cat, "objective", cheap)
+    monkeypatch.setattr(training.Steps, "update", noted)
+    _, loops = run()
+    return steps, loops
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "halved"])
+def test_rate_and_temperature_of_each_step_are_those_of_the_text(cat, monkeypatch, schedule):
+    how = dict(epochs=120, batch_size=27, schedule=schedule, temperatures=(2.0, 0.5))
+    steps, _ = run_of(cat, monkeypatch, lambda: trained(cat, **how))
+    hand = [0.005 + 0.005 * math.cos(math.pi * t / 240) for t in range(240)]
+    if schedule == "halved":
+        hand = [0.01 * 0.5 ** (t // 100) for t in range(240)]
+    assert [step["lr"] for step in steps] == pytest.approx(hand, abs=1e-9)
+    warm = [2 * 0.25 ** (t / 240) for t in range(240)]
+    assert [step["temperature"] for step in steps] == pytest.approx(warm)
+
+
+@pytest.mark.parametrize("n_labels, sizes", [(6, [30, 30, 12]), (60, [48, 12])])
+def test_each_step_has_all_labelled_images_first_and_each_epoch_every_other_once(
+    cat, monkeypatch, n_labels, sizes
+):
+    x, y = small()
+    shuffled = torch.randperm(60, generator=generator(1))
+    picked, others = shuffled[:n_labels], shuffled[n_labels:]
+    steps, _ = run_of(cat, monkeypatch, lambda: trained(cat, 3, epochs=4, picked=picked, others=others))
+    assert [len(step["images"]) for step in steps] == 4 * sizes
+    order = []
+    for step in steps:
+        apart = torch.cdist(step["images"].flatten(1), cat.prepared(x).flatten(1))
+        which = apart.argmin(dim=1)
+        assert apart.amin() == 0 and torch.equal(step["given"], y[which[: len(step["given"])]])
+        assert n_labels == 60 or torch.equal(which[:6], picked)
+        order += which[6 if n_labels == 6 else 0 :].tolist()
+        assert {name: step[name] for name in SETTINGS} == SETTINGS
+    pool = others if n_labels == 6 else picked
+    rounds = [order[i : i + len(pool)] for i in range(0, len(order), len(pool))]
+    assert all(sorted(one) == sorted(pool.tolist()) for one in rounds)
+    assert len(set(map(tuple, rounds))) == 4
+    assert rounds[0] == pool[torch.randperm(len(pool), generator=generator(3))].tolist()
+
+
+@pytest.mark.parametrize("moves", ["none", "affine", "same", "labelled"])
+def test_each_step_draws_its_moves_anew(cat, monkeypatch, moves):
+    steps, _ = run_of(cat, monkeypatch, lambda: trained(cat, moves=moves))
+    assert all(step["is"] == (moves != "affine") for step in steps)
+    pixels = cat.prepared(small()[0])
+    stays = (torch.equal(step["seen"][:6], pixels[:6]) for step in steps)
+    assert set(stays) == {moves == "none"}
+    if moves != "none":
+        assert not torch.equal(steps[0]["seen"][:6], steps[1]["seen"][:6])
+        assert not torch.equal(steps[0]["seen"][0], steps[0]["seen"][3])
+
+
+@pytest.mark.parametrize("n_looks, expected", [(1, [0, 7]), (3, [0, 2, 4, 7]), (4, [0, 1, 3, 5, 7])])
+def test_looks_are_evenly_spaced_and_the_last_is_after_the_last_step(cat, monkeypatch, n_looks, expected):
+    how = dict(epochs=7, batch_size=54, n_looks=n_looks)
+    assert run_of(cat, monkeypatch, lambda: trained(cat, **how))[1] == expected
 
 
 def test_the_temperature_falls_exponentially(cat):
@@ -444,7 +669,8 @@ def test_the_temperature_falls_exponentially(cat):
     assert cat.temperature_at(0.3, 1.0, 1.0) == 1.0
 
 
-def test_too_many_looks_are_refused(cat):
+def test_too_many_looks_are_refused(cat, monkeypatch):
+    run_of(cat, monkeypatch, lambda: trained(cat, n_looks=18))
     with pytest.raises(ValueError, match="n_looks must be at most the number of steps, 18, got 19"):
         trained(cat, n_looks=19)
 
@@ -459,10 +685,10 @@ def test_the_rate_falls_to_zero_or_is_halved_every_fifty_epochs(cat):
             rate.step()
         return seen
 
-    cosine = rates("cosine", 100, 10)
-    assert math.isclose(cosine[50], 0.5) and cosine[-1] < 0.001
-    halved = rates("halved", 240, 120)  # two steps an epoch
-    assert [halved[0], halved[99], halved[100], halved[199], halved[200]] == [1.0, 1.0, 0.5, 0.5, 0.25]
+    hand = [0.5 + 0.5 * math.cos(math.pi * t / 100) for t in range(100)]
+    assert rates("cosine", 100, 10) == pytest.approx(hand)
+    assert rates("halved", 240, 120) == 100 * [1.0] + 100 * [0.5] + 40 * [0.25]  # two steps an epoch
+    assert rates("halved", 10, 60) == 9 * [1.0] + [0.5]  # fifty epochs are eight steps and a third
 
 
 def test_a_batch_holds_all_labelled_images_or_a_part_when_all_have_labels(cat):
@@ -509,18 +735,55 @@ def neighbour(cat, moves, others=54, iterations=20):
     return net
 
 
+class Linear(torch.nn.Module):
+    """A network whose answers depend on each picture alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(784, 3)
+
+    def forward(self, x):
+        return None, self.layer(x.flatten(1))
+
+
 @pytest.mark.parametrize("others", [0, 54])
-def test_the_neighbours_see_moved_copies_when_the_method_does(cat, others):
-    weights = [neighbour(cat, moves, others).head[0].weight for moves in ("none", "affine")]
-    assert not torch.allclose(*weights)
+@pytest.mark.parametrize("moves", ["none", "affine", "same", "labelled"])
+def test_the_terms_and_rates_of_the_neighbours_are_those_of_their_docstring(cat, monkeypatch, others, moves):
+    x, y = small()
+    net, rows, pairs = Linear(), [], []
+    update, pictures = training.Steps.update, cat.pictures
 
+    def drawn(images, n_labelled, moves):
+        pairs.append((images, *pictures(images, n_labelled, moves)))
+        assert n_labelled == 6
+        return pairs[-1][1:]
 
-@pytest.mark.parametrize("run", [lambda cat: neighbour(cat, "none"), trained], ids=["neighbour", "method"])
-def test_the_rate_has_fallen_to_zero_at_the_end_of_a_run(cat, monkeypatch, run):
-    kept, falling_rate = [], cat.falling_rate
-    monkeypatch.setattr(cat, "falling_rate", lambda *given: kept.append(falling_rate(*given)) or kept[-1])
-    run(cat)
-    assert kept[0].get_last_lr() == [pytest.approx(0, abs=1e-9)]
+    def noted(loop, optimizer, loss, terms):
+        images, guessers, seen = pairs[-1]
+        labelled = torch.arange(6) if others else loop.index
+        assert torch.equal(images[:6], cat.prepared(x[labelled]))
+        assert len(images) == 6 + len(loop.index) * bool(others)
+        assert torch.equal(guessers, images) == (moves in ("none", "affine"))
+        assert torch.equal(seen, images) == (moves == "none")
+        answers = net(seen)[1]
+        expected = {"labelled": F.cross_entropy(answers[:6], y[labelled])}
+        if others:
+            guess = net(guessers)[1].argmax(dim=1)[6:]
+            expected["guessed"] = min(1, 2 * loop.number / 20) * F.cross_entropy(answers[6:], guess)
+        assert terms.keys() == expected.keys()
+        assert all(torch.allclose(terms[name], expected[name]) for name in expected)
+        losses = (loss, sum(expected.values()))
+        slopes = [torch.autograd.grad(value, net.layer.weight, retain_graph=True)[0] for value in losses]
+        assert torch.allclose(*losses) and torch.allclose(*slopes, atol=1e-7)
+        require_plain_adam(optimizer, net, 0.01)
+        rows.append(optimizer.param_groups[0]["lr"])
+        update(loop, optimizer, loss, terms)
+
+    monkeypatch.setattr(cat, "pictures", drawn)
+    monkeypatch.setattr(training.Steps, "update", noted)
+    how = dict(iterations=20, batch_size=24, lr=0.01, seed=0, precision="float32", moves=moves)
+    cat.train_neighbour(net, x, torch.arange(6), y[:6], torch.arange(6, 6 + others), **how)
+    assert rows == pytest.approx([0.005 + 0.005 * math.cos(math.pi * t / 20) for t in range(20)])
 
 
 @pytest.mark.parametrize("others", [0, 54])
@@ -552,6 +815,20 @@ def test_fresh_statistics_are_those_of_the_images_and_the_model_keeps_its_own(ca
     assert torch.equal(net.encoder[1].running_mean, before)
 
 
+def test_fresh_statistics_are_a_plain_mean_over_batches_and_forget_the_old_ones(cat):
+    torch.manual_seed(0)
+    net, x = cat.CatVAE(width=2), small(1000)[0]
+    x[500:] = x[500:] // 3
+    net.encoder[1].running_mean += 100
+    net.encoder[1].momentum = 0.3
+    copied = cat.with_statistics_of(net, x).encoder[1]
+    halves = [net.encoder[0](cat.prepared(part)).transpose(0, 1).flatten(1) for part in x.split(500)]
+    mean, var = ([getattr(half, name)(dim=1) for half in halves] for name in ("mean", "var"))
+    assert torch.allclose(copied.running_mean, (mean[0] + mean[1]) / 2, atol=1e-4)
+    assert torch.allclose(copied.running_var, (var[0] + var[1]) / 2, atol=1e-4)
+    assert copied.momentum == 0.3 and not torch.allclose(*mean, rtol=0.1)
+
+
 def test_the_signals_of_a_look_are_what_they_say(cat):
     torch.manual_seed(0)
     net, (x, y) = cat.CatVAE(3, 8, 2), small()
@@ -564,6 +841,9 @@ def test_the_signals_of_a_look_are_what_they_say(cat):
     assert math.isclose(row["apart"], torch.stack(apart).mean().item(), abs_tol=1e-5)
     again, _ = cat.look(net, x[6:], x[:6], y[:6], "float32", "nearest", (borrowed + 1) % 3)
     assert again["kept"] == 0
+    half = torch.where(torch.arange(54) < 18, borrowed, (borrowed + 1) % 3)
+    assert cat.look(net, x[6:], x[:6], y[:6], "float32", "nearest", half)[0]["kept"] == pytest.approx(1 / 3)
+    assert row["sure"] == cat.category_loss(logits).item() and net.training
     assert cat.look(net, x[6:], x[:6], y[:6], "float32", "network")[0]["agree"] == 1
     fresh = cat.predict(cat.with_statistics_of(net, x[6:]), x[6:])[1].argmax(dim=1)
     assert math.isclose(row["swayed"], cat.error(fresh, logits.argmax(dim=1)), abs_tol=1e-6)
@@ -582,7 +862,195 @@ def test_readers_score_what_they_say(cat):
         known = KNeighborsClassifier(1, algorithm="brute").fit(features[:6].numpy(), y[:6].numpy())
         expected = 1 - known.score(features[60:].numpy(), y[60:].numpy())
         assert math.isclose(scores[key], expected, abs_tol=1e-6)
+    fresh = cat.with_statistics_of(net, x[10:60])
+    assert scores["fresh_error"] == cat.error(cat.predict(fresh, x[60:])[1].argmax(dim=1), y[60:])
     wrong = torch.cat([y[:10], (y[10:60] + 1) % 3, y[60:]])  # which labels each linear reader was fitted on
     other, _, _ = cat.read(net, x=x, y=wrong, x_test=x[60:], y_test=y[60:], **how)
     assert other["linear_error"] == scores["linear_error"]
     assert other["probe_error"] > 0.9 > 0.1 > scores["probe_error"]
+
+
+def test_each_reader_gets_its_own_images_and_none_the_test_images_to_learn_from(cat, monkeypatch):
+    x, y = small(150)
+    net, probes, averaged, fresh = cat.new_model(0, "cpu", n_clusters=3, n_features=8, width=2), [], [], []
+
+    def statistics(model, images):
+        averaged.append(images)
+        fresh.append(cat.new_model(1, "cpu", n_clusters=3, n_features=8, width=2))
+        return fresh[0]
+
+    monkeypatch.setattr(cat, "with_statistics_of", statistics)
+    monkeypatch.setattr(cat, "linear_error", lambda *given: probes.append(given) or len(probes) / 10)
+    parts = dict(labelled=torch.arange(6), some=torch.arange(10, 60), precision="float32")
+    scores, f, logits = cat.read(net, x=x, y=y, x_test=x[60:], y_test=y[60:], **parts)
+    codes_of = cat.predict(net, x)[0]
+    assert len(averaged) == 1 and torch.equal(averaged[0], x[10:60])
+    assert scores["fresh_error"] == cat.error(cat.predict(fresh[0], x[60:])[1].argmax(dim=1), y[60:])
+    assert scores["fresh_error"] != scores["error"]
+    assert (scores["linear_error"], scores["probe_error"]) == (0.1, 0.2)
+    for given, part in zip(probes, (slice(6), slice(10, 60)), strict=True):
+        expected = (codes_of[part], y[part], codes_of[60:], y[60:])
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(given, expected, strict=True))
+
+
+def test_what_is_told_is_the_last_look_without_its_error_and_a_map_of_the_first_codes(cat, monkeypatch):
+    columns = ["step", "error", "borrowed wrong", "sure", "agree", "apart", "category", "assignment"]
+    later = {name: 0.01 * (i + 1) for i, name in enumerate(columns)} | {"step": 500, "kept": 0.7}
+    first = {"step": 0, "sure": 0.3, "agree": 0.2, "apart": 0.6, "error": 0.001, "borrowed wrong": 0.4}
+    maps, f = [], torch.rand(9, 5, generator=generator())
+
+    def fit_transform(map_, given):
+        maps.append((map_, given))
+        return given[:, :3] * 7
+
+    monkeypatch.setattr(TSNE, "fit_transform", fit_transform)
+    kept = cat.told([first, later], f, torch.arange(9), 6)
+    arrays = kept.pop("arrays")
+    expected = {name.replace(" ", "_"): value for name, value in later.items() if name != "error"}
+    assert kept == expected
+    rows = [[0.0, 0.001, 0.4, 0.3, 0.2, 0.6, 1.0, 1.0], [0.5, *(0.01 * i for i in range(2, 9))]]
+    assert torch.allclose(arrays["curve"], torch.tensor(rows).float())
+    ((map_, given),) = maps
+    assert np.array_equal(given, f[:6]) and arrays["labels"].tolist() == list(range(6))
+    assert (map_.n_components, map_.init, map_.random_state) == (3, "pca", 0)
+    points = f[:6, :3].numpy()
+    assert np.allclose(arrays["map"], points / points.std(), atol=1e-5)
+
+
+# the whole chapter
+
+
+class EnoughSeen(Exception):
+    pass
+
+
+def asked_for(monkeypatch, **parameters):
+    """What a run gives `data.labelled_subset`, which is where it ends."""
+
+    def labelled_subset(*given):
+        asked.append(given)
+        raise EnoughSeen
+
+    asked = []
+    monkeypatch.setattr(data, "labelled_subset", labelled_subset)
+    with pytest.raises(EnoughSeen):
+        golden.run(CHAPTER, **TINY | parameters)
+    return asked[0]
+
+
+@pytest.mark.parametrize("seed, draw, expected", [(3, -1, 3), (3, 0, 0), (0, 5, 5), (2, 2, 2)])
+def test_the_draw_of_labels_follows_the_seed_or_its_own(monkeypatch, seed, draw, expected):
+    assert asked_for(monkeypatch, seed=seed, draw=draw)[1:] == (6, expected)
+
+
+@pytest.mark.parametrize("n_images, n", [(0, 48), (40, 40)])
+def test_training_images_come_in_one_order_whatever_the_seed_and_a_part_is_its_start(
+    monkeypatch, n_images, n
+):
+    order = torch.randperm(48, generator=generator(0))
+    for seed in (0, 4):
+        y, _, _ = asked_for(monkeypatch, n_images=n_images, seed=seed)
+        assert torch.equal(y, golden.digits()("mnist_5k", "train").y[order[:n]])
+
+
+def test_a_class_without_a_label_stops_the_chapter():
+    y = golden.digits()("mnist_5k", "train").y
+    y = y[torch.randperm(48, generator=generator(0))]
+    with pytest.raises(ValueError, match="every class needs a labelled image, class 1 has none"):
+        golden.run(CHAPTER, picked=(y != 1).nonzero()[:6, 0], **TINY)
+
+
+LIMITS = dict(seed=(0, 2**31 - 1), draw=(-1, 2**31 - 1), n_images=(0, 60_000), n_labels=(0, 60_000))
+LIMITS |= dict(
+    width=(1, 256), n_features=(4, 4096), epochs=(1, 10_000), batch_size=(2, 10_000), lr=(1e-6, 1.0)
+)
+LIMITS |= dict(temperature=(0.05, 20.0), last_temperature=(0.05, 20.0), alpha=(0.0, 1.0), n_looks=(1, 100))
+LIMITS |= dict(w_reconstruction=(0.0, 1e4), w_category=(0.0, 100.0), w_assignment=(0.0, 100.0))
+LIMITS |= dict(w_feature=(0.0, 100.0), n_map=(100, 2000))
+CHOICES = dict(profile="quick laptop paper", dataset="mnist_5k fashion_5k mnist fashion")
+CHOICES |= dict(
+    precision="float32 bfloat16 auto", moves="affine none same labelled", schedule="cosine halved"
+)
+CHOICES |= dict(assignment="bounded cross-entropy", assigner="nearest five means network")
+CHOICES = {name: words.split() for name, words in CHOICES.items()}
+CHOICES |= {name: [True, False] for name in ("noisy", "lender_gradient", "with_self_training")}
+
+
+def named(words):
+    return sorted(line.split()[0] for line in str(words).splitlines())
+
+
+def test_every_parameter_is_checked_against_its_range():
+    assert set(checked()) == set(LIMITS) | set(CHOICES)
+    for end, outwards in ((0, -1), (1, 1)):
+        ends = {name: limits[end] for name, limits in LIMITS.items()}
+        assert ends.items() <= checked(**ends).items()
+        with pytest.raises(ValueError) as refused:
+            beyond = {name: 1 if isinstance(value, int) else 1e-7 for name, value in ends.items()}
+            checked(**{name: value + outwards * beyond[name] for name, value in ends.items()})
+        assert named(refused.value) == sorted(LIMITS)
+
+
+def test_every_choice_is_checked_against_its_list():
+    for number in range(4):
+        wanted = {name: options[number % len(options)] for name, options in CHOICES.items()}
+        assert wanted.items() <= checked(**wanted).items()
+    with pytest.raises(ValueError) as refused:
+        checked(**dict.fromkeys(CHOICES, "other"))
+    assert named(refused.value) == sorted(CHOICES)
+
+
+@pytest.fixture
+def passes():
+    """Each pass through the network: is it in training mode, with gradients, in bfloat16; how many images."""
+    seen = []
+
+    def note(module, given):
+        if type(module).__name__ == "CatVAE":
+            low = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.bfloat16
+            seen.append((module.training, torch.is_grad_enabled(), low, len(given[0])))
+
+    kind = training.device().type
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    yield seen
+    handle.remove()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_borrowing_and_prediction_are_in_the_precision_asked_for(passes, precision):
+    golden.run(CHAPTER, **TINY | dict(epochs=1, precision=precision, n_looks=1, with_self_training=True))
+    low = precision == "bfloat16"
+    training_step, borrowing, prediction = (True, True, low), (True, False, low), (False, False, low)
+    averages = (True, False, False)
+    assert {kind[:3] for kind in passes} == {training_step, borrowing, prediction, averages}
+
+
+def test_at_most_two_thousand_images_are_watched_and_a_look_takes_one_thousand(passes, monkeypatch):
+    def load(name, split):
+        n = 3400 if split == "train" else 30
+        x = torch.randint(256, (n, 1, 28, 28), generator=generator(), dtype=torch.uint8)
+        return data.Dataset(x, torch.arange(n) % 3, name, split)
+
+    def one_step(n, size, epochs=None, iterations=None, **more):
+        return steps(n, size, iterations=1, **more)
+
+    def quick_fit(probe, x, y):
+        return fit(probe, x[:50], y[:50])
+
+    def convolved(layer, x):
+        shades = x.mean(dim=(1, 2, 3), keepdim=True) * layer.weight.mean()
+        return shades.repeat(1, layer.out_channels, 1, 1)
+
+    steps, fit = training.steps, LogisticRegression.fit
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", convolved)
+    monkeypatch.setattr(training, "steps", one_step)
+    monkeypatch.setattr(LogisticRegression, "fit", quick_fit)
+    read = [30, 1000, 1000, 1000, 500, 500, 500, 500, 30]
+    look = [1000, 1000, 500, 500, 1000, 30]
+    for n_labels in (1203, 0):
+        passes.clear()
+        how = dict(width=1, n_features=4, batch_size=2, n_looks=1, moves="none", n_labels=n_labels)
+        _, seen = golden.run(CHAPTER, load, double=False, **TINY | how)
+        assert [n for *_, gradient, _, n in passes if not gradient] == read + look + look + read
+        fits = [about["shape"][0] for about in seen.fits if about["kind"] == "LogisticRegression"]
+        assert fits == [1000, 2000, 1000, 2000]
