@@ -470,7 +470,7 @@ def test_what_a_stepper_refuses():
         plots.stepper([frame(0)] * 2, "codes", ["only one"])
     noise = rng.random((500, 500))
     with pytest.raises(ValueError, match=r"would take \d{3},\d{3} bytes and 400,000 are allowed"):
-        plots.stepper([lambda ax: ax.imshow(noise, cmap="viridis")] * 3, "noise")
+        plots.stepper([lambda ax: ax.imshow(noise, cmap="viridis")] * 4, "noise")
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
