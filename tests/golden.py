@@ -11,7 +11,7 @@ Store anew only where training was meant to change, and give the reason in the c
 """
 
 import contextlib
-import importlib
+import importlib.metadata
 import json
 import math
 import sys
@@ -256,6 +256,15 @@ def differences(found, stored, place="", loose=False):
 def cases(chapter):
     """The golden cases of a chapter, from tests/test_CHAPTER.py: GOLDEN, name -> function to a summary."""
     return importlib.import_module(f"test_{chapter}").GOLDEN
+
+
+def other_versions():
+    """Packages that compute and are of another version than in constraints.txt, of which the numbers are."""
+    lines = (FOLDER.parent.parent / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line)
+    names = ("torch", "numpy", "scipy", "scikit-learn")
+    found = {name: importlib.metadata.version(name).split("+")[0] for name in names}
+    return [f"{name} {version}" for name, version in found.items() if version != pinned[name]]
 
 
 def check(chapter, name):

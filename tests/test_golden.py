@@ -21,6 +21,8 @@ CHAPTERS = sorted(
     ("chapter", "case"), [(chapter, case) for chapter in CHAPTERS for case in golden.cases(chapter)]
 )
 def test_todays_code_gives_the_stored_numbers(chapter, case):
+    if others := golden.other_versions():
+        pytest.skip(f"the stored numbers are of the versions in constraints.txt, not of {', '.join(others)}")
     golden.check(chapter, case)
 
 
