@@ -1,6 +1,7 @@
 """The chapter `foundations`: what it shows is what the helper runs."""
 
 import ast
+import functools
 import inspect
 import types
 
@@ -18,7 +19,7 @@ QUICK = dict(n_clusters=3, pretrain_epochs=2, batch_size=20, iterations=6, updat
 }
 OTHER = dict(n_clusters=4, pretrain_epochs=1, batch_size=16, iterations=5, update_interval=2, tol=0.9, seed=3)
 OTHER |= dict(init="fan_in", pretrain_optimizer="sgd", pretrain_lr=0.1, dec_lr=0.05, idec_optimizer="sgd")
-OTHER |= dict(idec_lr=0.02, gamma=0.7, target="batch", n_images=60)
+OTHER |= dict(idec_lr=0.001, gamma=500.0, target="batch", n_images=60)
 GOLDEN = {
     "as it stands": lambda: golden.summary(*golden.run(CHAPTER, **QUICK)),
     "every switch": lambda: golden.summary(*golden.run(CHAPTER, **OTHER)),
@@ -152,9 +153,9 @@ def test_a_record_is_told_what_the_trace_holds(stage):
 def test_conflict_looks_at_the_first_images_and_changes_nothing(stage):
     model, x, y, state = stage
     chapter, before = definitions(CHAPTER), [w.clone() for w in model.parameters()]
-    _, trace = chapter.follow(iter([full_state(state)]), model, x, y, n_probe=12)
-    few = types.SimpleNamespace(centroids=state.centroids, p=state.p[:12], labels=state.labels[:12])
-    expected = chapter.conflict(model, few, x[:12], y[:12])
+    _, trace = chapter.follow(iter([full_state(state)]), model, x, y, n_probe=13)
+    few = types.SimpleNamespace(centroids=state.centroids, p=state.p[:13], labels=state.labels[:13])
+    expected = chapter.conflict(model, few, x[:13], y[:13])
     assert {name: trace[0][name] for name in expected} == pytest.approx(expected, abs=1e-6)
     assert expected != pytest.approx(chapter.conflict(model, state, x, y), abs=1e-3)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -194,12 +195,8 @@ def test_timed_gives_the_result_and_the_seconds_of_the_call(monkeypatch):
 def whole():
     """The chapter's deciding cells on few digits: what they left behind, and what was seen."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(networks, "Autoencoder", lambda *sizes, **more: Small(*sizes, widths=(20,), **more))
+        patch.setattr(networks, "Autoencoder", functools.partial(networks.Autoencoder, widths=(20,)))
         yield golden.run(CHAPTER, **QUICK | dict(n_images=70, seed=0, dec_lr=0.05))
-
-
-class Small(networks.Autoencoder):
-    """The autoencoder, with other widths."""
 
 
 def test_every_method_is_scored_on_the_labels_of_its_own_images(whole):
@@ -281,3 +278,14 @@ def test_the_loops_are_set_by_the_parameters_cell(whole):
     assert all(step["loss"] == step["clustering"] for step in first)
     for step in second:
         assert step["loss"] == pytest.approx(step["reconstruction"] + 0.1 * step["clustering"])
+
+
+def test_the_precision_reaches_every_pass(monkeypatch):
+    asked, autocast = [], training.autocast
+    monkeypatch.setattr(training, "autocast", lambda kind: asked.append(kind) or autocast(kind))
+    monkeypatch.setattr(networks, "Autoencoder", functools.partial(networks.Autoencoder, widths=(20,)))
+    few = QUICK | dict(pretrain_epochs=1, iterations=2, update_interval=2, precision="bfloat16")
+    _, seen = golden.run(CHAPTER, double=False, **few)
+    # five steps and the codes; then two steps and two refreshes each of DEC and of IDEC
+    assert asked == ["bfloat16"] * (5 + 1 + 2 * (2 + 2))
+    assert {record["precision"] for record in seen.records} == {"bfloat16"}
