@@ -3,15 +3,16 @@
 import ast
 import functools
 import inspect
+import json
 import types
 
 import golden
 import numpy as np
 import pytest
 import torch
-from loader import definitions
+from loader import chapter_file, definitions
 
-from deepclust_nb import baselines, metrics, networks, results, training
+from deepclust_nb import baselines, data, metrics, networks, results, training
 
 CHAPTER = "foundations"
 QUICK = dict(n_clusters=3, pretrain_epochs=2, batch_size=20, iterations=6, update_interval=3, tol=0.0) | {
@@ -278,6 +279,40 @@ def test_the_loops_are_set_by_the_parameters_cell(whole):
     assert all(step["loss"] == step["clustering"] for step in first)
     for step in second:
         assert step["loss"] == pytest.approx(step["reconstruction"] + 0.1 * step["clustering"])
+
+
+def test_the_conflict_is_measured_about_twenty_times_and_the_error_is_of_the_last_hundred_steps(monkeypatch):
+    monkeypatch.setattr(networks, "Autoencoder", functools.partial(networks.Autoencoder, widths=(20,)))
+    long = dict(n_images=24, batch_size=2, pretrain_epochs=10, iterations=42, update_interval=1)
+    namespace, seen = golden.run(CHAPTER, **QUICK | long)
+    for trace in (namespace["dec_trace"], namespace["idec_trace"]):
+        assert ["drift" in row for row in trace] == [i % 2 == 0 for i in range(43)]
+    errors = [step["reconstruction"] for step in seen.steps[20:120]]
+    assert namespace["on_code"]["reconstruction"] == pytest.approx(np.mean(errors))
+
+
+def test_a_record_keeps_two_thousand_labels_and_codes():
+    chapter = definitions(CHAPTER)
+    signature = inspect.signature(chapter.follow).parameters
+    assert [signature[name].default for name in ("every", "n_probe", "n_view")] == [1, 500, 2000]
+    state = types.SimpleNamespace(labels=np.arange(2500), iteration=3, converged=True)
+    view = torch.zeros(2000, 2)
+    row = dict(acc=0.5, changed=0.25, confidence=0.75, drift=0.0, randomness=1.0, view=view)
+    arrays = chapter.told(state, [row])["arrays"]
+    assert arrays["labels"].tolist() == list(range(2000)) and arrays["code"] is view
+
+
+def test_all_images_are_taken_unless_a_number_is_given():
+    """The cell that loads, on more images than any data set that comes with the package."""
+    cells = json.loads(chapter_file(CHAPTER).read_text(encoding="utf-8"))["cells"]
+    (source,) = ("".join(c["source"]) for c in cells if "data.load(dataset)" in "".join(c["source"]))
+    many = data.Dataset(torch.arange(70_000)[:, None, None, None], torch.arange(70_000) % 10, "any", "all")
+    for n_images, expected in ((0, 70_000), (300, 300)):
+        namespace = vars(definitions(CHAPTER)) | dict(n_images=n_images, dataset="any", parameters={})
+        namespace |= dict(precision="float32", data=types.SimpleNamespace(load=lambda name: many))
+        exec(source, namespace)
+        x = namespace["x"].flatten().tolist()
+        assert len(x) == len(set(x)) == expected and namespace["y"].tolist() == [i % 10 for i in x]
 
 
 def test_the_precision_reaches_every_pass(monkeypatch):
