@@ -187,6 +187,7 @@ def test_the_target_stands_still_between_refreshes(small):
         settings = SHORT | {"iterations": 3, "update_interval": interval, "lr": 0.5}
         states = list(baselines.dec(twin, x, centroids, **settings))
         assert [s.iteration for s in states] == ([0, 3] if interval == 3 else [0, 1, 2, 3])
+        assert states[-1].labels.tolist() == states[-1].q.argmax(dim=1).tolist()
         torch.testing.assert_close(states[-1].p, baselines.target_distribution(states[-1].q))
         torch.testing.assert_close(states[-1].q, baselines.student_t(twin.encode(x), states[-1].centroids))
         results.append(weights(twin))
@@ -294,7 +295,7 @@ def test_kmeans_keeps_the_start_of_least_inertia():
     assert inertia(labels, centroids) < 1.0001 * min(single) < 0.9 * max(single)
     for j in range(25):
         np.testing.assert_allclose(centroids[j], z.numpy()[labels == j].mean(0), rtol=1e-4, atol=1e-4)
-    assert labels.dtype == np.int64
+    assert labels.dtype == np.int64 and centroids.dtype == np.float32
 
 
 def test_the_mixture_has_variances_of_its_own():
@@ -423,6 +424,15 @@ def test_the_order_of_batches_is_the_seeds(small):
     assert not torch.equal(*ends)
 
 
+def test_labels_are_of_the_assignment_and_not_of_its_target():
+    """The target weighs large clusters down, so that its largest entry can be another one."""
+    model = torch.nn.Linear(1, 1)
+    model.encode, model.encoder = lambda x: x, model
+    x = torch.tensor([[0.0]] * 20 + [[0.49]] + [[1.0]] * 5)
+    state = next(baselines.dec(model, x, np.array([[0.0], [1.0]], np.float32), **SHORT))
+    assert state.labels.tolist() == [0] * 21 + [1] * 5 and state.p[20].argmax() == 1
+
+
 def test_states_do_not_change_after_they_were_yielded(small):
     x, _, model, centroids = small
     states = baselines.dec(model, x, centroids, **SHORT | {"lr": 0.5})
@@ -458,4 +468,5 @@ def test_the_mixture_is_the_most_likely_of_its_starts():
     best = baselines.gmm(z, 12, int(np.argmin(single)), n_init=10)[1].lower_bound_
     assert best > min(single) + 0.01
     labels, mixture = baselines.gmm(z, 12, 0)
+    assert mixture.means_.dtype == np.float64
     assert mixture.n_init == 5 and np.array_equal(labels, mixture.predict(z.double().numpy()))

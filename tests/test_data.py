@@ -344,6 +344,18 @@ def test_a_damaged_file_gets_a_sentence(placed, harm):
         data.load(name)
 
 
+def test_every_digit_of_a_checksum_counts(placed, monkeypatch):
+    name, path = placed
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    for at in (0, 40, 63):
+        wrong = digest[:at] + ("0" if digest[at] != "0" else "1") + digest[at + 1 :]
+        monkeypatch.setitem(data.SHA256, path.name, wrong)
+        if name == "svhn":
+            path.with_suffix(".sha256").write_text(wrong + "\n")
+        with pytest.raises(OSError, match=f"its sha256 is {digest}, but should be {wrong}"):
+            data.load(name)
+
+
 def test_a_cached_file_without_its_checksum_is_refused(cache, monkeypatch):
     replace_source(monkeypatch, "svhn", fetch=lambda folder: small_arrays())
     data.load("svhn")
@@ -732,7 +744,7 @@ def jpeg(tmp_path, cache, monkeypatch):
     arrays = {
         "jpeg": np.frombuffer(b"".join(files), dtype=np.uint8),
         "y_train": np.arange(4),
-        "y_test": np.arange(3),
+        "y_test": np.arange(3)[::-1],
     }
     arrays["offsets"] = np.cumsum([0, *map(len, files)])
     store(tmp_path, "cifar10_jpeg", monkeypatch, arrays)
@@ -741,9 +753,9 @@ def jpeg(tmp_path, cache, monkeypatch):
 
 def test_jpeg_files_are_opened_in_their_order_and_colours(jpeg):
     for split, rows, y in (
-        ("all", range(7), [0, 1, 2, 3, 0, 1, 2]),
+        ("all", range(7), [0, 1, 2, 3, 2, 1, 0]),
         ("train", range(4), [0, 1, 2, 3]),
-        ("test", range(4, 7), [0, 1, 2]),
+        ("test", range(4, 7), [2, 1, 0]),
     ):
         got = data.load("cifar10_jpeg", split)
         assert got.x.shape == (len(rows), 3, 32, 32) and got.x.dtype == torch.uint8 and got.x.is_contiguous()

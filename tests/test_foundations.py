@@ -1,16 +1,18 @@
 """The chapter `foundations`: what it shows is what the helper runs."""
 
 import ast
+import functools
 import inspect
+import json
 import types
 
 import golden
 import numpy as np
 import pytest
 import torch
-from loader import definitions
+from loader import chapter_file, definitions
 
-from deepclust_nb import baselines, metrics, networks, records, training
+from deepclust_nb import baselines, data, metrics, networks, results, training
 
 CHAPTER = "foundations"
 QUICK = dict(n_clusters=3, pretrain_epochs=2, batch_size=20, iterations=6, update_interval=3, tol=0.0) | {
@@ -18,7 +20,7 @@ QUICK = dict(n_clusters=3, pretrain_epochs=2, batch_size=20, iterations=6, updat
 }
 OTHER = dict(n_clusters=4, pretrain_epochs=1, batch_size=16, iterations=5, update_interval=2, tol=0.9, seed=3)
 OTHER |= dict(init="fan_in", pretrain_optimizer="sgd", pretrain_lr=0.1, dec_lr=0.05, idec_optimizer="sgd")
-OTHER |= dict(idec_lr=0.02, gamma=0.7, target="batch", n_images=60)
+OTHER |= dict(idec_lr=0.001, gamma=500.0, target="batch", n_images=60)
 GOLDEN = {
     "as it stands": lambda: golden.summary(*golden.run(CHAPTER, **QUICK)),
     "every switch": lambda: golden.summary(*golden.run(CHAPTER, **OTHER)),
@@ -152,9 +154,9 @@ def test_a_record_is_told_what_the_trace_holds(stage):
 def test_conflict_looks_at_the_first_images_and_changes_nothing(stage):
     model, x, y, state = stage
     chapter, before = definitions(CHAPTER), [w.clone() for w in model.parameters()]
-    _, trace = chapter.follow(iter([full_state(state)]), model, x, y, n_probe=12)
-    few = types.SimpleNamespace(centroids=state.centroids, p=state.p[:12], labels=state.labels[:12])
-    expected = chapter.conflict(model, few, x[:12], y[:12])
+    _, trace = chapter.follow(iter([full_state(state)]), model, x, y, n_probe=13)
+    few = types.SimpleNamespace(centroids=state.centroids, p=state.p[:13], labels=state.labels[:13])
+    expected = chapter.conflict(model, few, x[:13], y[:13])
     assert {name: trace[0][name] for name in expected} == pytest.approx(expected, abs=1e-6)
     assert expected != pytest.approx(chapter.conflict(model, state, x, y), abs=1e-3)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -194,12 +196,8 @@ def test_timed_gives_the_result_and_the_seconds_of_the_call(monkeypatch):
 def whole():
     """The chapter's deciding cells on few digits: what they left behind, and what was seen."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(networks, "Autoencoder", lambda *sizes, **more: Small(*sizes, widths=(20,), **more))
+        patch.setattr(networks, "Autoencoder", functools.partial(networks.Autoencoder, widths=(20,)))
         yield golden.run(CHAPTER, **QUICK | dict(n_images=70, seed=0, dec_lr=0.05))
-
-
-class Small(networks.Autoencoder):
-    """The autoencoder, with other widths."""
 
 
 def test_every_method_is_scored_on_the_labels_of_its_own_images(whole):
@@ -281,3 +279,48 @@ def test_the_loops_are_set_by_the_parameters_cell(whole):
     assert all(step["loss"] == step["clustering"] for step in first)
     for step in second:
         assert step["loss"] == pytest.approx(step["reconstruction"] + 0.1 * step["clustering"])
+
+
+def test_the_conflict_is_measured_about_twenty_times_and_the_error_is_of_the_last_hundred_steps(monkeypatch):
+    monkeypatch.setattr(networks, "Autoencoder", functools.partial(networks.Autoencoder, widths=(20,)))
+    long = dict(n_images=24, batch_size=2, pretrain_epochs=10, iterations=42, update_interval=1)
+    namespace, seen = golden.run(CHAPTER, **QUICK | long)
+    for trace in (namespace["dec_trace"], namespace["idec_trace"]):
+        assert ["drift" in row for row in trace] == [i % 2 == 0 for i in range(43)]
+    errors = [step["reconstruction"] for step in seen.steps[20:120]]
+    assert namespace["on_code"]["reconstruction"] == pytest.approx(np.mean(errors))
+
+
+def test_a_record_keeps_two_thousand_labels_and_codes():
+    chapter = definitions(CHAPTER)
+    signature = inspect.signature(chapter.follow).parameters
+    assert [signature[name].default for name in ("every", "n_probe", "n_view")] == [1, 500, 2000]
+    state = types.SimpleNamespace(labels=np.arange(2500), iteration=3, converged=True)
+    view = torch.zeros(2000, 2)
+    row = dict(acc=0.5, changed=0.25, confidence=0.75, drift=0.0, randomness=1.0, view=view)
+    arrays = chapter.told(state, [row])["arrays"]
+    assert arrays["labels"].tolist() == list(range(2000)) and arrays["code"] is view
+
+
+def test_all_images_are_taken_unless_a_number_is_given():
+    """The cell that loads, on more images than any data set that comes with the package."""
+    cells = json.loads(chapter_file(CHAPTER).read_text(encoding="utf-8"))["cells"]
+    (source,) = ("".join(c["source"]) for c in cells if "data.load(dataset)" in "".join(c["source"]))
+    many = data.Dataset(torch.arange(70_000)[:, None, None, None], torch.arange(70_000) % 10, "any", "all")
+    for n_images, expected in ((0, 70_000), (300, 300)):
+        namespace = vars(definitions(CHAPTER)) | dict(n_images=n_images, dataset="any", parameters={})
+        namespace |= dict(precision="float32", data=types.SimpleNamespace(load=lambda name: many))
+        exec(source, namespace)
+        x = namespace["x"].flatten().tolist()
+        assert len(x) == len(set(x)) == expected and namespace["y"].tolist() == [i % 10 for i in x]
+
+
+def test_the_precision_reaches_every_pass(monkeypatch):
+    asked, autocast = [], training.autocast
+    monkeypatch.setattr(training, "autocast", lambda kind: asked.append(kind) or autocast(kind))
+    monkeypatch.setattr(networks, "Autoencoder", functools.partial(networks.Autoencoder, widths=(20,)))
+    few = QUICK | dict(pretrain_epochs=1, iterations=2, update_interval=2, precision="bfloat16")
+    _, seen = golden.run(CHAPTER, double=False, **few)
+    # five steps and the codes; then two steps and two refreshes each of DEC and of IDEC
+    assert asked == ["bfloat16"] * (5 + 1 + 2 * (2 + 2))
+    assert {record["precision"] for record in seen.records} == {"bfloat16"}
