@@ -12,7 +12,7 @@ import pytest
 import torch
 from loader import chapter_file, definitions
 
-from deepclust_nb import baselines, data, metrics, networks, results, training
+from deepclust_nb import baselines, data, metrics, networks, records, training
 
 CHAPTER = "foundations"
 QUICK = dict(n_clusters=3, pretrain_epochs=2, batch_size=20, iterations=6, update_interval=3, tol=0.0) | {
