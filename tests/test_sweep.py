@@ -680,13 +680,22 @@ def test_an_interrupt_of_the_leader_alone_stops_it_and_its_runs(copy, workers):
     _wait(lambda: started.exists() and len(started.read_text().splitlines()) == int(workers))
     kernels = [int(line.split()[1]) for line in started.read_text().splitlines()]
     os.kill(sweep.pid, signal.SIGINT)
-    _, errors = sweep.communicate(timeout=15)
+    _, errors = sweep.communicate(timeout=45)
     assert (sweep.returncode, errors) == (
         130,
         "interrupted; the same command continues where this one stopped\n",
     )
-    _wait(lambda: not any(psutil.pid_exists(kernel) for kernel in kernels), 15)
+    _wait(lambda: not any(psutil.pid_exists(kernel) for kernel in kernels), 45)
     assert len(started.read_text().splitlines()) == int(workers) and stored(folder) == []
+
+
+def test_a_run_that_is_about_to_start_when_all_are_stopped_does_not(copy):
+    sweep, folder = copy
+    sweep.run.stop()
+    start = time.monotonic()
+    with pytest.raises(sweep.RunFailed):
+        sweep.run_notebook(folder / "book/chapters/tiny.ipynb", folder / "out.ipynb", {})
+    assert time.monotonic() - start < 30 and not (folder / "reached.txt").exists()
 
 
 def test_two_sweeps_of_the_same_run_do_it_once(copy):

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import as_completed
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..digest import cells_digest, digest_of_today
 from ..places import RECORDING, absolute_folders, data_root, root, write_atomic
 from .plan import chapter_path, name_of, need, resolve
 
-_children = set()
+_children, _stopped = set(), threading.Event()
 
 
 class RunFailed(RuntimeError):
@@ -76,9 +77,11 @@ def run_notebook(source, target, parameters, threads=None, recording=None):
         pipes = {"stdin": subprocess.PIPE, "stdout": errors, "stderr": errors, "text": True}
         with subprocess.Popen(command, env=_environment(threads, recording), cwd=root(), **pipes) as child:
             _children.add(child)
+            if _stopped.is_set():  # while this one was starting
+                stop()
             try:
                 # The pipe stays open: however this process dies, the child then reads its end.
-                with contextlib.suppress(BrokenPipeError):
+                with contextlib.suppress(BrokenPipeError, ValueError):
                     child.stdin.write(json.dumps(spec) + "\n")
                     child.stdin.flush()
                 code = child.wait()
@@ -97,7 +100,10 @@ def run_notebook(source, target, parameters, threads=None, recording=None):
 
 
 def stop():
-    """End the processes of all runs under way: a child ends, and its kernel with it, when its pipe closes."""
+    """End the processes of all runs under way, and of those about to start: a child ends, and its kernel with
+    it, when its pipe closes.
+    """
+    _stopped.set()
     for child in list(_children):
         with contextlib.suppress(OSError, ValueError):
             child.stdin.close()
