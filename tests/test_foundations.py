@@ -281,3 +281,13 @@ def test_the_loops_are_set_by_the_parameters_cell(whole):
     assert all(step["loss"] == step["clustering"] for step in first)
     for step in second:
         assert step["loss"] == pytest.approx(step["reconstruction"] + 0.1 * step["clustering"])
+
+
+def test_the_conflict_in_dec_and_in_idec_is_of_the_same_moments(monkeypatch):
+    """Of many refreshes, at every n-th: means over different ones could not be compared."""
+    monkeypatch.setattr(networks, "Autoencoder", lambda *sizes, **more: Small(*sizes, widths=(20,), **more))
+    namespace, _ = golden.run(CHAPTER, **QUICK | dict(iterations=40, update_interval=1))
+    for method in ("dec", "idec"):
+        trace = namespace[f"{method}_trace"]
+        assert [row["iteration"] for row in trace if "drift" in row] == [*range(0, 41, 2)], method
+        assert [row["iteration"] for row in trace] == [*range(41)]
