@@ -158,6 +158,24 @@ def test_the_digest_follows_what_the_recorder_reaches(code):
     assert digests()[0] != before
 
 
+def test_todays_digest_follows_every_file_that_it_is_made_of(code):
+    """Also within one process, which remembers it."""
+    digests, folder, module = code
+    digests()
+    edits = [("deepclust_nb/metrics.py", METRICS), ("deepclust_nb/records.py", RECORDS)]
+    edits += [("deepclust_nb/records.py", RECORDS.replace("scores(y)", "match(y)"))]
+    edits += [("deepclust_nb/metrics.py", METRICS.replace("return 2", "return 3"))]
+    edits += [("deepclust_nb/baselines.py", BASELINES.replace("SCALE = 2", "SCALE = 3"))]
+    seen = [module.digest_of_today("tiny")]
+    for name, text in edits:
+        (folder / name).write_text(text)
+        seen.append(module.digest_of_today("tiny"))
+        assert seen[-1] == module.code_digest("tiny"), name
+    notebook([*CELLS[:2], ("f(3)", "run", None)], folder / "book/chapters/tiny.ipynb")
+    seen.append(module.digest_of_today("tiny"))
+    assert seen[0] == seen[1] and len(set(seen)) == len(seen) - 1  # a score that nothing reaches is none
+
+
 @pytest.mark.parametrize("chapter", [p.stem for p in places.chapter_file("x").parent.glob("*.ipynb")])
 def test_every_record_s_scores_are_in_the_digest_of_its_chapter(chapter, tmp_path):
     """The real package: a change in a score, or in a computing module that is reached, ages records."""
@@ -231,6 +249,29 @@ def test_what_was_stated_stays_when_files_are_saved_and_commits_made_later(recor
     git(folder, "commit", "-qam", "two")
     assert module.state() == stated and module.commit() != stated["commit"]
     assert module.code_digest("tiny") != stated["digest"]
+
+
+@needs_git
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("deepclust_nb/baselines.py", True),
+        ("deepclust_nb/new.py", True),
+        ("book/chapters/tiny.ipynb", True),
+        ("book/experiments/profiles/tiny.laptop.usps.yaml", True),
+        ("book/text.md", False),
+        ("data/records/tiny.json", False),
+    ],
+)
+def test_a_commit_says_that_code_or_a_profile_differs_from_it(recording, name, counts):
+    """Saved and not committed, a new file included; text and records decide no number."""
+    module, folder = recording
+    git(folder, "init", "-q")
+    git(folder, "add", "-A"), git(folder, "commit", "-qm", "one")
+    head = git(folder, "rev-parse", "HEAD")
+    assert module.commit() == head
+    (folder / name).write_text("seed: 1")
+    assert module.commit() == head + "+changes" * counts
 
 
 @needs_git

@@ -829,6 +829,23 @@ def test_fresh_statistics_are_a_plain_mean_over_batches_and_forget_the_old_ones(
     assert copied.momentum == 0.3 and not torch.allclose(*mean, rtol=0.1)
 
 
+@pytest.mark.parametrize("n", [502, 520, 1041])
+def test_fresh_statistics_weigh_every_image_alike(cat, n):
+    """A few images that are left over by batches of 500 count no more than the others."""
+    torch.manual_seed(0)
+    net, x = cat.CatVAE(width=2), small(n)[0]
+    x[500:] = 255 - x[500:]
+    given = net.encoder[0](cat.prepared(x)).transpose(0, 1).flatten(1)
+    own = cat.with_statistics_of(net, x).encoder[1].running_mean
+    assert torch.allclose(own, given.mean(dim=1), atol=1e-4)
+
+
+def test_a_single_image_that_is_left_over_is_no_batch_of_its_own(cat):
+    """Batch normalisation in training refuses one."""
+    copied = cat.with_statistics_of(cat.CatVAE(width=2), small(501)[0])
+    assert int(copied.encoder[1].num_batches_tracked) == 2
+
+
 def test_the_signals_of_a_look_are_what_they_say(cat):
     torch.manual_seed(0)
     net, (x, y) = cat.CatVAE(3, 8, 2), small()

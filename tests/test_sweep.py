@@ -648,9 +648,10 @@ def test_threads_follow_the_environment_then_the_cores_that_are_ours(copy, monke
     monkeypatch.setattr(sweep.run, "execute", lambda runs, *rest: asked.append(runs[0]["threads"]) or [])
     path, free = write(folder, PROFILE), write(folder, PROFILE, name="free")
     free.write_text(free.read_text().replace("threads: 1\n", ""))
-    for file, more in ((path, []), (path, ["--threads", "5"]), (free, []), (free, ["--threads", "5"])):
+    given = [(path, []), (path, ["--threads", "5"]), (free, []), (free, ["--threads", "5"])]
+    for file, more in (*given, (free, ["--workers", "2"]), (free, ["--workers", "2", "--threads", "5"])):
         assert sweep.main([str(file), *more]) == 0
-    assert asked == [1, 1, 6, 5]
+    assert asked == [1, 1, 6, 5, 3, 5]
 
 
 def test_a_build_folder_that_cannot_be_written_is_named(copy, capsys):
