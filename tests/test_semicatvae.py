@@ -702,6 +702,14 @@ def test_a_batch_holds_all_labelled_images_or_a_part_when_all_have_labels(cat):
     assert len(cat.loop_over(torch.arange(100), others[:0], 10, **settings)) == 5
 
 
+def test_one_image_that_is_left_over_is_a_batch_only_beside_labelled_ones(cat):
+    """Batch normalisation in training cannot take one alone."""
+    many, few, settings = torch.arange(21), torch.arange(3), dict(epochs=2, seed=0)
+    beside = [len(step.index) for step in cat.loop_over(few, many, 10, **settings)]
+    alone = [len(step.index) for step in cat.loop_over(many, few[:0], 5, **settings)]
+    assert beside == 2 * [10, 10, 1] and alone == 2 * [10, 11]
+
+
 def test_with_all_labels_nothing_is_borrowed(cat):
     x, y = small()
     training.seed_everything(0)
