@@ -140,14 +140,15 @@ def _remembered(chapter, contents):
 
 def _digest(statements, modules, more=(), reach=()):
     names = {name for tree in (*statements, *reach) for name in _identifiers(tree)}
-    definitions, reached, size = [x for module in modules for x in _definitions(module)], {}, -1
-    while len(reached) > size:
-        size = len(reached)
-        for module, name, node in definitions:
-            if name in names and (module, name) not in reached:
-                reached[module, name] = _tree(node)
-                names |= _identifiers(node)
-    return sha256([_tree(statements), sorted([*key, tree] for key, tree in reached.items()), list(more)])
+    left, reached, found = [x for module in modules for x in _definitions(module)], {}, [None]
+    while found:
+        found = [x for x in left if x[1] in names]
+        left = [x for x in left if x[1] not in names]
+        for module, name, node in found:
+            # One name may be defined by several statements: SIZES = ..., SIZES |= ...
+            reached.setdefault((module, name), []).append(_tree(node))
+            names |= _identifiers(node)
+    return sha256([_tree(statements), sorted([*key, *trees] for key, trees in reached.items()), list(more)])
 
 
 def _statements(path, tags):
@@ -165,7 +166,11 @@ def _definitions(module):
     for node in ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield module, node.name, node
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:  # what a name stands for decides as much as what a function does
+                source = [getattr(node, "module", None), getattr(node, "level", 0), alias.name]
+                yield module, (alias.asname or alias.name).split(".")[0], ast.Constant(repr(source))
+        elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             for name in [x for target in targets for x in ast.walk(target) if isinstance(x, ast.Name)]:
                 yield module, name.id, node

@@ -1,5 +1,6 @@
 """Digests: what ages a record and what does not, and what a kernel says of the code it runs."""
 
+import ast
 import importlib
 import shutil
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 from loader import checkout, definitions, notebook, store
 
-from deepclust_nb import places
+from deepclust_nb import digest, places
 
 
 @pytest.fixture
@@ -86,8 +87,14 @@ def test_the_digest_ignores_what_decides_no_number(code, helper):
 
 @pytest.mark.parametrize(
     "helper",
-    [[("indirect(x)  #", "indirect(x + 1)  #")], [("SCALE * x", "SCALE + x")], [("SCALE = 2", "SCALE = 3")]],
-    ids=["reached", "reached through another", "constant"],
+    [
+        [("indirect(x)  #", "indirect(x + 1)  #")],
+        [("SCALE * x", "SCALE + x")],
+        [("SCALE = 2", "SCALE = 3")],
+        [("SCALE = 2", "SCALE = 2\nSCALE += 1")],
+        [("SCALE = 2", "SCALE = 2\nfrom math import e as SCALE")],
+    ],
+    ids=["reached", "reached through another", "constant", "constant changed later", "import"],
 )
 def test_the_digest_follows_what_the_cells_reach(code, helper):
     digests, _, _ = code
@@ -176,14 +183,41 @@ def test_todays_digest_follows_every_file_that_it_is_made_of(code):
     assert seen[0] == seen[1] and len(set(seen)) == len(seen) - 1  # a score that nothing reaches is none
 
 
+def test_what_an_imported_name_stands_for_counts(code):
+    digests, _, _ = code
+    first, second = (
+        digests(helper=[("SCALE = 2", f"from {source} import SCALE")]) for source in ("a.b", "a.c")
+    )
+    assert first[0] != second[0]
+
+
+def test_the_package_holds_no_statement_that_a_digest_cannot_see():
+    """At the top of a module that counts: definitions, assignments and imports alone."""
+    known = (
+        ast.FunctionDef
+        | ast.ClassDef
+        | ast.Assign
+        | ast.AnnAssign
+        | ast.AugAssign
+        | ast.Import
+        | ast.ImportFrom
+    )
+    for module in digest.DISPLAYING:
+        tree = ast.parse((places.root() / "deepclust_nb" / f"{module}.py").read_text(encoding="utf-8"))
+        strange = [node for node in tree.body if not isinstance(node, known)]
+        assert all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in strange), (
+            module
+        )
+
+
 @pytest.mark.parametrize("chapter", [p.stem for p in places.chapter_file("x").parent.glob("*.ipynb")])
 def test_every_record_s_scores_are_in_the_digest_of_its_chapter(chapter, tmp_path):
     """The real package: a change in a score, or in a computing module that is reached, ages records."""
     module, folder = checkout(tmp_path)
     for path in places.chapter_file("x").parent.glob("*.ipynb"):
         shutil.copy(path, folder / "book/chapters")
-    digest = module("digest")
-    before = digest.code_digest(chapter)
+    code_digest = module("digest").code_digest
+    before = code_digest(chapter)
     planted = [("metrics", "table.sum())", "table.sum() + 1)"), ("metrics", "axis=0", "axis=1")]
     planted += [("metrics", 'average_method="arithmetic"', 'average_method="max"')]
     planted += [("metrics", "adjusted_rand_score(*", "adjusted_rand_score(2, *")]
@@ -194,9 +228,9 @@ def test_every_record_s_scores_are_in_the_digest_of_its_chapter(chapter, tmp_pat
         text = path.read_text()
         assert old in text
         path.write_text(text.replace(old, new, 1))
-        assert digest.code_digest(chapter) != before, (name, old)
+        assert code_digest(chapter) != before, (name, old)
         path.write_text(text)
-    assert digest.code_digest(chapter) == before
+    assert code_digest(chapter) == before
 
 
 def test_an_executed_notebook_tells_which_cells_it_ran(code, tmp_path):

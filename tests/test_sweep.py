@@ -1,6 +1,7 @@
 """Sweeps on tiny notebooks in throw-away checkouts: what is refused, what is kept, what is run again."""
 
 import concurrent.futures
+import functools
 import json
 import os
 import shutil
@@ -676,7 +677,10 @@ def test_an_interrupt_of_the_leader_alone_stops_it_and_its_runs(copy, workers):
     notebook([(SETTINGS, "parameters", None), (block, "run", None)], folder / "book/chapters/tiny.ipynb")
     (folder / "block").touch()
     command = [sys.executable, "-m", "deepclust_nb.sweep", str(path), "--workers", workers]
-    sweep = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Tests that a shell started in the background inherit that interrupts are ignored.
+    attend = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    sweep = subprocess.Popen(command, cwd=folder, preexec_fn=attend, **pipes)
     started = folder / "started.txt"
     _wait(lambda: started.exists() and len(started.read_text().splitlines()) == int(workers))
     kernels = [int(line.split()[1]) for line in started.read_text().splitlines()]
