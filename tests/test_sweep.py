@@ -15,6 +15,9 @@ import pytest
 from loader import checkout, notebook
 
 from deepclust_nb import records
+from deepclust_nb.places import chapter_file
+from deepclust_nb.sweep import plan
+from deepclust_nb.sweep import run as run_module
 
 SETTINGS = (
     'dataset = "mnist_5k"\nprofile = "quick"\nseed: int = 0\nlr = 0.1  # step size\nlayers = [500,\n    20]'
@@ -306,6 +309,18 @@ def test_a_record_s_place_follows_code_and_parameters_but_not_the_seed(copy):
     assert sweep.places({**run, "threads": 2})[0] != target
     notebook([*CELLS[:3], ("1", "run", None)], folder / "book/chapters/tiny.ipynb")
     assert sweep.places(run)[0] != target
+
+
+@pytest.mark.parametrize("path", sorted(chapter_file("x").parent.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_every_parameter_of_every_chapter_makes_another_run(path):
+    """Else a sweep would take the records of the one for those of the other."""
+    quick = plan.defaults(path)
+    run = {"chapter": path.stem, "parameters": quick, "study": "headline", "threads": 1}
+    places = {run_module.places(run)[0]}
+    for name in quick:
+        changed = {**run, "parameters": quick | {name: "another"}}
+        places |= set(run_module.places(changed)[:1])
+    assert len(places) == 1 + len(quick)
 
 
 # what is stored
