@@ -68,7 +68,7 @@ def little(**changed):
         {"settings": dict(lr=0.1, momentum=0.9, weight_decay=1e-5)},
         {"kind": "Adam", "settings": dict(lr=0.1)},
     ],
-    ids=str,
+    ids=lambda changed: " ".join(changed),
 )
 def test_another_way_of_training_is_seen(changed):
     assert golden.differences(little(**changed), little())
