@@ -444,6 +444,14 @@ def test_a_study_removes_no_record_of_another(planned):
     assert [r["study"] for r in sweep.records.load(study=None)] == ["second"]  # a run counts once
 
 
+def test_a_study_keeps_all_its_variants_of_a_seed(planned):
+    sweep, folder, _, _ = planned
+    changes = [f"chapter: tiny, dataset: mnist_5k, seeds: [0], parameters: {{lr: {lr}}}" for lr in (0.2, 0.3)]
+    for again in ([], ["--force"]):
+        sweep.main([str(write(folder, *changes)), *again])
+        assert sorted(r["parameters"]["lr"] for r in sweep.records.load(study="study")) == [0.2, 0.3]
+
+
 def all_of(sweep, folder):
     return [r for path in (folder / "data/records").rglob("*.json") for r in sweep.records.read(path)]
 
