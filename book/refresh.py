@@ -15,7 +15,6 @@ from running import (
     read_notebook,
     run_chapter,
     work_folder,
-    write_atomically,
 )
 
 RECORD = "application/vnd.deepclust.record+json"
@@ -78,10 +77,12 @@ def merge(stored, fresh):
 
 
 def refresh(options):
+    from deepclust_nb.places import write_atomic
+
     with work_folder("refresh") as work:
         failed = [name for name in options.chapters or chapters() if not _refreshed(name, work, options.all)]
     readme = ROOT / "README.md"
-    write_atomically(readme, fill(readme.read_text(encoding="utf-8"), "book/"))
+    write_atomic(readme, fill(readme.read_text(encoding="utf-8"), "book/"))
     sys.exit(bool(failed))
 
 
@@ -90,6 +91,7 @@ def _refreshed(name, work, always):
     import nbformat
 
     from deepclust_nb import digest
+    from deepclust_nb.places import write_atomic
 
     path = BOOK / "chapters" / f"{name}.ipynb"
     stored = read_notebook(path)
@@ -107,7 +109,7 @@ def _refreshed(name, work, always):
     # rounded and sticky, so that two refreshes of the same code write the same bytes
     about = known.get("seconds") if known.get("shown") == shown else None
     stored.metadata["deepclust"] = {"seconds": about or 10 * round(seconds / 10 + 0.5), "shown": shown}
-    write_atomically(path, nbformat.writes(stored) + "\n")
+    write_atomic(path, nbformat.writes(stored) + "\n")
     print("\n".join(report) or "  no checked output changed")
     return True
 

@@ -1,6 +1,5 @@
 """The book's chapters: their names, their notebooks, a run with a progress line, and places to work."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -27,13 +26,6 @@ def read_notebook(path):
     import nbformat
 
     return nbformat.read(path, as_version=4)
-
-
-def write_atomically(path, text):
-    """Write `text` to `path` by way of a file beside it, so that nobody reads half of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def default_parameters(name):
@@ -69,22 +61,11 @@ def work_folder(command):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
 def alone(name, what):
     """Hold the lock `name`; another command that asks for it waits, and says so with `what` it waits for."""
-    import filelock
+    from deepclust_nb.sweep import run
 
-    BUILD.mkdir(exist_ok=True)
-    lock = filelock.FileLock(BUILD / f"{name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        print(f"Waiting: {what} in this checkout.", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+    return run.alone(BUILD / f"{name}.lock", f"Waiting: {what} in this checkout.")
 
 
 @contextmanager

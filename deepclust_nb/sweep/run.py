@@ -124,15 +124,15 @@ def _environment(threads, recording):
 
 
 @contextlib.contextmanager
-def _alone(lock, run):
-    """Hold a run: another sweep that wants the same one waits, and finds its records."""
+def alone(lock, waiting):
+    """Hold the file `lock`, a path; where another process holds it, print the sentence `waiting` and wait."""
     filelock = need("filelock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     held = filelock.FileLock(lock)
     try:
         held.acquire(timeout=0)
     except filelock.Timeout:
-        print(f"{name_of(run)}: another sweep is at this run; waiting for it", flush=True)
+        print(waiting, flush=True)
         held.acquire()
     try:
         yield
@@ -149,7 +149,8 @@ def run_one(run, force=False):
     """
     run = run | {"threads": run["threads"] or default_threads()}
     target, notebook, digest = places(run)
-    with _alone(notebook.with_suffix(".lock"), run):
+    waiting = f"{name_of(run)}: another sweep is at this run; waiting for it"
+    with alone(notebook.with_suffix(".lock"), waiting):
         found = None if force else _stored(target, run["study"])
         if found:
             _remove_superseded(target, found[0])
