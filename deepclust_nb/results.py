@@ -6,24 +6,100 @@ This module trains nothing and writes nothing.
 import csv
 import html
 import os
+from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtrit
 
 from . import records
 from .checks import suggestion
 from .places import RECORDING, data_root
 
-BAND_SEEDS, BAND_FLOOR = range(5), 0.02
+BAND_SEEDS, BAND_FLOOR, LEAST_RUNS = range(5), 0.02, 3
 
 
-def verdict(hits, where=""):
-    """Words for a claim that was tested once per run: hits, a list of bools; where, the end of the sentence.
-    All hits is "holds", none "does not hold", anything between "partly", and no run "not run".
+@dataclass(frozen=True)
+class Verdict:
+    """What runs say about a claim; `str` gives the text for a table.
+
+    word: "holds", "partly", "does not hold", "no difference shown", "not decided", "seen in 1 run" (or 2: too
+    few for a verdict) or "not run"; evidence: the numbers behind it, as text; mean, low, high: the gap and
+    the ends of its 95% interval, None where there is none; n: runs, or pairs of runs; current: whether all
+    are of today's code.
     """
-    if not hits:
-        return f"not run {where}".strip()
-    word = "holds" if all(hits) else "partly" if any(hits) else "does not hold"
-    return f"{word}, {sum(hits)} of {len(hits)} {where}".strip()
+
+    word: str
+    evidence: str = ""
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    current: bool = True
+
+    def __str__(self):
+        text = f"{self.word}: {self.evidence}" if self.evidence else self.word
+        return text if self.current else f"{text} (older code)"
+
+
+def verdict(ours, other, key="acc", margin=0.0, lower=False):
+    """Judge the claim that one setting's score lies above another's, or above a number: the book's only rule.
+
+    The claim is that the mean gap, ours minus other, is over `margin`; with `lower`, below `-margin`. A
+    negative margin claims "at most so much worse". Gaps are taken between runs of the same seed and get the
+    95% interval of Student's t, which trusts that gaps are roughly normal and, against a number, that it has
+    no spread of its own. "Holds" needs the whole interval on the claim's side of the margin, "does not hold"
+    on the other; an interval over the margin is "no difference shown" where that is 0, else "not decided".
+    Fewer than three pairs get no verdict.
+
+    Parameters: ours: records of one method and setting, a seed each; other: such records, or a float; key: a
+        key of both, or a function of a record; a run without the key (or with None for it) does not count.
+    Returns: a Verdict.
+    Raises: ValueError when a seed stands twice among the records of a side.
+    """
+    value = key if callable(key) else lambda record: record.get(key)
+    ours, fixed = _by_seed(ours, value), not isinstance(other, list | tuple)
+    others = {seed: (float(other), True) for seed in ours} if fixed else _by_seed(other, value)
+    pairs = [(*ours[seed], *others[seed]) for seed in sorted(set(ours) & set(others))]
+    if not pairs:
+        return Verdict("not run")
+    gaps = np.array([mine - theirs for mine, _, theirs, _ in pairs], dtype=np.float64)
+    n, mean, current = len(gaps), float(gaps.mean()), all(a and b for _, a, _, b in pairs)
+    if n < LEAST_RUNS:
+        return Verdict(_seen(n), f"{mean:+.3f}, no verdict", mean, n=n, current=current)
+    half = float(stdtrit(n - 1, 0.975) * gaps.std(ddof=1) / n**0.5)
+    low, high = mean - half, mean + half
+    least, most = (-high, -low) if lower else (low, high)
+    undecided = "not decided" if margin else "no difference shown"
+    word = "holds" if least > margin else "does not hold" if most < margin else undecided
+    return Verdict(word, f"{mean:+.3f} ({low:+.3f} to {high:+.3f}), {n} seeds", mean, low, high, n, current)
+
+
+def count(hits, current=True):
+    """Judge a claim that each run by itself bears out or not: hits, a list of bools, one a run.
+
+    Returns: a Verdict: "holds" in all, "does not hold" in none, "partly" anything between; no verdict on
+        fewer than three runs.
+    """
+    n, borne = len(hits), sum(map(bool, hits))
+    if not n:
+        return Verdict("not run")
+    if n < LEAST_RUNS:
+        return Verdict(_seen(n), f"{borne} of {n}, no verdict", n=n, current=current)
+    word = "holds" if borne == n else "partly" if borne else "does not hold"
+    return Verdict(word, f"{borne} of {n} runs", n=n, current=current)
+
+
+def _seen(n):
+    return f"seen in {n} run{'s' if n > 1 else ''}"
+
+
+def _by_seed(found, value):
+    """From seed to (value, current) for the records that have the value."""
+    kept = [record for record in found if value(record) is not None]
+    by_seed = {record["seed"]: (value(record), record.get("current", True)) for record in kept}
+    if len(by_seed) < len(kept):
+        raise ValueError("a seed stands twice: these records are of more than one setting")
+    return by_seed
 
 
 def paper(chapter):

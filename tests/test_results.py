@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 from loader import PARAMETERS, checkout, store
+from scipy import stats
 
 from deepclust_nb import data, places, results
 
@@ -78,14 +79,91 @@ def test_check_band_prints_a_stable_line_and_stops_a_score_outside(copy, capsys,
 # verdicts
 
 
-def test_verdicts_over_runs_name_what_was_not_run():
-    words = [results.verdict(hits, "here") for hits in ([True, True], [True, False], [False], [])]
-    assert words == [
-        "holds, 2 of 2 here",
-        "partly, 1 of 2 here",
-        "does not hold, 0 of 1 here",
-        "not run here",
+def some(*values, key="acc", current=True):
+    return [{"seed": seed, key: value, "current": current} for seed, value in enumerate(values)]
+
+
+def test_the_interval_is_that_of_a_paired_t_test():
+    rng = np.random.default_rng(0)
+    for n in (3, 5, 12):
+        ours, others = rng.normal(0.7, 0.05, n), rng.normal(0.6, 0.2, n)
+        judged = results.verdict(some(*ours), some(*others))
+        tested = stats.ttest_rel(ours, others).confidence_interval(0.95)
+        assert (judged.low, judged.high, judged.n) == pytest.approx((tested.low, tested.high, n))
+        judged = results.verdict(some(*ours), 0.6)
+        tested = stats.ttest_1samp(ours, 0.6).confidence_interval(0.95)
+        assert (judged.low, judged.high) == pytest.approx((tested.low + -0.6, tested.high - 0.6))
+
+
+def test_nineteen_of_twenty_intervals_hold_the_true_gap():
+    rng, covered = np.random.default_rng(1), 0
+    for _ in range(2000):
+        shared = rng.normal(0, 1, 4)  # what a seed does to both sides drops out of a paired gap
+        judged = results.verdict(some(*(shared + rng.normal(0.3, 0.1, 4))), some(*shared))
+        covered += judged.low <= 0.3 <= judged.high
+    assert 0.935 < covered / 2000 < 0.965
+
+
+@pytest.mark.parametrize(
+    ("gaps", "settings", "word"),
+    [
+        ((0.30, 0.31, 0.32), {}, "holds"),
+        ((-0.30, -0.31, -0.32), {}, "does not hold"),
+        ((0.30, -0.31, 0.32), {}, "no difference shown"),
+        ((-0.30, -0.31, -0.32), {"lower": True}, "holds"),
+        ((0.30, 0.31, 0.32), {"lower": True}, "does not hold"),
+        ((0.30, 0.31, 0.32), {"margin": 0.25}, "holds"),
+        ((0.30, 0.31, 0.32), {"margin": 0.31}, "not decided"),
+        ((0.30, 0.31, 0.32), {"margin": 0.5}, "does not hold"),
+        ((-0.01, -0.011, -0.012), {"margin": -0.02}, "holds"),
+        ((-0.01, -0.011, -0.012), {"margin": -0.005}, "does not hold"),
+        ((0.01, 0.011, 0.012), {"margin": -0.02, "lower": True}, "holds"),
+        ((0.03, 0.031, 0.032), {"margin": -0.02, "lower": True}, "does not hold"),
+        ((0.0, 0.0, 0.0), {}, "no difference shown"),
+        ((0.30, 0.31), {}, "seen in 2 runs"),
+        ((0.30,), {}, "seen in 1 run"),
+        ((), {}, "not run"),
+    ],
+)
+def test_a_verdict_needs_its_whole_interval_and_three_seeds(gaps, settings, word):
+    assert results.verdict(some(*(0.5 + gap for gap in gaps)), some(*[0.5] * 5), **settings).word == word
+    assert results.verdict(some(*(0.5 + gap for gap in gaps)), 0.5, **settings).word == word
+
+
+def test_gaps_are_taken_between_runs_of_the_same_seed():
+    ours = [{"seed": seed, "acc": 0.1 * seed} for seed in (4, 2, 0, 9)]
+    others = [{"seed": seed, "acc": 0.1 * seed - 0.05} for seed in (0, 1, 2, 4)]
+    judged = results.verdict(ours, others)
+    assert (judged.n, judged.mean, judged.low, judged.high) == pytest.approx((3, 0.05, 0.05, 0.05))
+    assert str(judged) == "holds: +0.050 (+0.050 to +0.050), 3 seeds"
+    with pytest.raises(ValueError, match="a seed stands twice"):
+        results.verdict([*ours, ours[0]], others)
+    with pytest.raises(ValueError, match="a seed stands twice"):
+        results.verdict(ours, [*others, others[0]])
+
+
+def test_a_value_that_a_run_lacks_is_no_gap_and_older_code_is_said():
+    ours, others = some(0.4, 0.5, 0.6, key="error"), some(0.1, 0.2, None, key="error")
+    judged = results.verdict(ours, others, "error")
+    assert str(judged) == "seen in 2 runs: +0.300, no verdict"
+    assert results.verdict(ours, some(0.1, 0.1)).word == "not run"
+    assert results.verdict(ours, 0.0, lambda record: -record["error"]).mean == pytest.approx(-0.5)
+    old = results.verdict(ours, some(0.1, 0.2, 0.31, key="error", current=False), "error")
+    assert not old.current and str(old).endswith("3 seeds (older code)")
+    assert not results.verdict(some(0.1, 0.2, 0.3, current=False), 0.0).current
+
+
+def test_claims_that_each_run_bears_out_or_not_are_counted():
+    hits = ([True] * 3, [True, False, True], [False] * 3, [True, False], [True], [])
+    assert [str(results.count(list(map(np.bool_, some)))) for some in hits] == [
+        "holds: 3 of 3 runs",
+        "partly: 2 of 3 runs",
+        "does not hold: 0 of 3 runs",
+        "seen in 2 runs: 1 of 2, no verdict",
+        "seen in 1 run: 1 of 1, no verdict",
+        "not run",
     ]
+    assert str(results.count([True] * 3, current=False)) == "holds: 3 of 3 runs (older code)"
 
 
 # the papers' numbers
