@@ -44,30 +44,35 @@ def figure(nrows=1, ncols=1, width=WIDTH, height=None, projection=None):
 
 
 def show(fig, alt):
-    """Display a figure as an HTML image with alternative text.
+    """Display a figure as an HTML image with its words: alternative text and visible caption in one.
 
     The only picture in the output is a PNG inside `<img>`: a bare `image/png` output has no place for
     alternative text, while HTML with a data URI is shown by Jupyter, the rendered book, Colab and GitHub. The
     plain-text form of the output is the alternative text itself. The same figure gives the same bytes.
 
-    Parameters: fig: a matplotlib figure, closed afterwards if pyplot made it; alt: what it shows, in words.
+    Parameters: fig: a matplotlib figure, closed afterwards if pyplot made it; alt: what there is to see, in
+        words.
     Raises: ValueError when alt is empty.
     """
     from IPython.display import display
 
     alt = _checked_alt(alt)
-    display({"text/html": _img(fig, alt), "text/plain": alt}, raw=True)
+    words = f"<figcaption>{html.escape(alt)}</figcaption>"
+    page = f'<figure style="margin:0">{_img(fig, alt)}{words}</figure>'
+    display({"text/html": page, "text/plain": alt}, raw=True)
 
 
-def stepper(frames, alt, captions=None, width=5.0, height=4.2, projection=None):
-    """A figure to step through by buttons, slider or keyboard; it stands still at its first frame.
+def stepper(frames, alt, captions=None, width=5.0, height=4.2, projection=None, start=-1):
+    """A figure to step through by buttons, slider or keyboard; it opens on its last frame unless told.
 
     It needs no network, brings its own white box, and any number of them fit on a page. Its id comes from its
-    content, so the same frames give the same bytes. Where scripts do not run, the first frame is shown.
+    content, so the same frames give the same bytes. Where scripts do not run, the frame of the start is
+    shown. `alt` is its visible caption too, under that of the frame.
 
     Parameters: frames: 1 to 12 matplotlib figures, or functions that draw on the axes they are given; the
         axes of such functions get common limits, so that what moves is the data. alt: what is seen, in words.
         captions: a sentence for each frame. width, height, projection: as in `figure`, for functions alone.
+        start: the frame on which it opens, -1 for the last.
     Returns: IPython.display.HTML of at most 400,000 bytes.
     Raises: ValueError for an empty alt, no frames or more than 12, a wrong number of captions, and when the
         result is too large.
@@ -80,13 +85,13 @@ def stepper(frames, alt, captions=None, width=5.0, height=4.2, projection=None):
         raise ValueError(f"stepper takes 1 to {MAX_FRAMES} frames, got {len(frames)}")
     if len(captions) != len(frames):
         raise ValueError(f"stepper needs a caption for each of {len(frames)} frames, got {len(captions)}")
-    images = []
+    images, start = [], range(len(frames))[start]
     for i, fig in enumerate(_drawn(frames, width, height, projection)):
         label = f"{i + 1} of {len(frames)}" + (f": {captions[i]}" if captions[i] else "")
         # No theme may bring a frame back: only the script changes which one is shown.
-        style = f"display:{'none' if i else 'block'}"
+        style = f"display:{'block' if i == start else 'none'}"
         images.append(_img(fig, f"{alt} ({label})", 100, 128, f'data-label="{html.escape(label)}"', style))
-    parts = {"alt": html.escape(alt), "images": "\n".join(images), "last": len(frames) - 1}
+    parts = {"alt": html.escape(alt), "images": "\n".join(images), "last": len(frames) - 1, "start": start}
     parts["key"] = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
     page = Template((Path(__file__).parent / "stepper.html").read_text()).substitute(parts)
     if (size := len(page.encode())) > MAX_STEPPER_BYTES:

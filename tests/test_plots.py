@@ -1,6 +1,7 @@
 """Figures: what a reader can see, read on a phone, hear read out, and step through without a network."""
 
 import base64
+import html
 import io
 import itertools
 import re
@@ -118,6 +119,8 @@ def test_show_gives_one_opaque_image_with_its_alternative_text(monkeypatch):
     assert bundle["text/plain"] == 'digits in "two" dimensions, 3 < 5'
     assert bundle["text/html"].count("<img ") == 1
     assert 'alt="digits in &quot;two&quot; dimensions, 3 &lt; 5"' in bundle["text/html"]
+    caption = '<figcaption>digits in "two" dimensions, 3 < 5</figcaption></figure>'
+    assert html.unescape(bundle["text/html"]).endswith(caption) and "3 < 5" not in bundle["text/html"]
     assert "max-width:100%;height:auto" in bundle["text/html"]
     image = picture(bundle["text/html"])
     assert "transparency" not in image.info and image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
@@ -421,11 +424,18 @@ def test_a_stepper_is_reproducible_and_loads_nothing():
     assert not re.search(r"https?:|//\w|<link|<script [^>]*src|url\(", bare)
 
 
-def test_a_stepper_starts_at_its_first_frame_and_says_each_one():
-    page = plots.stepper([frame(k) for k in range(3)], 'a "$key" of <IMAGES>', ["one", "", "a < b"]).data
+@pytest.mark.parametrize(("start", "first"), [({}, 2), ({"start": 0}, 0), ({"start": 1}, 1)])
+def test_a_stepper_opens_on_its_last_frame_or_where_it_is_told(start, first):
+    page = plots.stepper([frame(k) for k in range(3)], "codes", **start).data
     styles = re.findall(r'<img [^>]*?style="([^"]+)"', page)
-    assert ["display:block" in style for style in styles] == [True, False, False]
-    assert ["display:none" in style for style in styles] == [False, True, True]
+    assert ["display:block" in style for style in styles] == [k == first for k in range(3)]
+    assert ["display:none" in style for style in styles] == [k != first for k in range(3)]
+    assert f'max="2" step="1" value="{first}"' in page and f"var at = {first}," in page
+
+
+def test_a_stepper_says_each_frame_and_shows_its_words():
+    page = plots.stepper([frame(k) for k in range(3)], 'a "$key" of <IMAGES>', ["one", "", "a < b"]).data
+    assert '<div class="words">a &quot;$key&quot; of &lt;IMAGES&gt;</div>' in page
     assert 'aria-label="a &quot;$key&quot; of &lt;IMAGES&gt;"' in page
     assert re.findall(r'data-label="([^"]+)"', page) == ["1 of 3: one", "2 of 3", "3 of 3: a &lt; b"]
     assert 'alt="a &quot;$key&quot; of &lt;IMAGES&gt; (3 of 3: a &lt; b)"' in page
@@ -490,7 +500,7 @@ setTimeout(function () {
     seen.push(look(boxes[0]));
   }
   seen.push(look(boxes[0]));
-  ["next", "next", "next", "back", "first", "back", "last"].forEach(press);
+  ["next", "first", "next", "back", "first", "back", "last"].forEach(press);
   var slider = boxes[0].querySelector("input");
   slider.value = 1; slider.dispatchEvent(new Event("input")); seen.push(look(boxes[0]));
   seen.push(look(boxes[1]), look(boxes[2]));
@@ -511,7 +521,7 @@ setTimeout(function () {
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_the_buttons_work_on_a_phone_without_a_network(tmp_path):
     one = plots.stepper([frame(k) for k in range(3)], "codes", ["a", "b", "c"]).data
-    two = plots.stepper([frame(4), frame(5)], "more codes").data
+    two = plots.stepper([frame(4), frame(5)], "more codes", start=0).data
     body = f'<body style="margin:0"><div style="width:358px">{one}{one}{two}</div>{DRIVER}'
     (tmp_path / "page.html").write_text(f"<!doctype html><meta charset=utf-8><title></title>{body}")
     flags = (
@@ -525,7 +535,7 @@ def test_the_buttons_work_on_a_phone_without_a_network(tmp_path):
     )
     seen = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)[1].split(" ; ")
     a, b, c = "0|1 of 3: a", "1|2 of 3: b", "2|3 of 3: c"
-    assert seen[:9] == [a, b, c, c, b, a, a, c, b]  # start, seven buttons, slider
-    assert seen[9:11] == [a, "0|1 of 2"]  # its twin and its neighbour stand still
+    assert seen[:9] == [c, c, a, b, a, a, a, c, b]  # start, seven buttons, slider
+    assert seen[9:11] == [c, "0|1 of 2"]  # its twin and its neighbour stand still
     assert seen[11:14] == ["true"] * 3  # nothing is wider than a phone, the label has its own line
     assert seen[14:] == [b, c, "Play"]  # playing runs to the last frame and stops
