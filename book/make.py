@@ -24,6 +24,7 @@ from running import (
     alone,
     chapters,
     default_parameters,
+    notebooks,
     progress,
     run_chapter,
     tree_state,
@@ -108,18 +109,17 @@ def book(_):
 
     with work_folder("book") as work:
         source, runs = copy_source(work), {}
-        print("Running the chapters at their quick profile:")
-        for name in chapters():
-            path = source / "chapters" / f"{name}.ipynb"
-            runs[name] = (*run_chapter(path, path, {}), path)
+        print("Running the chapters at their quick profile, then their evidence pages:")
+        for path in notebooks(source):
+            runs[path.relative_to(source).with_suffix("")] = (*run_chapter(path, path, {}), path)
         with progress("Rendering the pages"):
             page = publish(render(source, work))
-        print(f"\n{'chapter':<14}{'data':<12}{'ACC':<24}seconds")
+        print(f"\n{'page':<24}{'data':<12}{'ACC':<36}seconds")
         for name, (seconds, failure, path) in runs.items():
             last = {} if failure else (records.displayed(path)[0] or [{}])[-1]
             acc = f"{last['acc']:.3f} ({last['method']})" if "acc" in last else "failed" if failure else "–"
             took = "–" if failure else f"{seconds:.0f}"
-            print(f"{name:<14}{last.get('dataset', '–'):<12}{acc:<24}{took}")
+            print(f"{name.as_posix():<24}{last.get('dataset', '–'):<12}{acc:<36}{took}")
     print(f"\nThe book: {page}")
     sys.exit(any(failure for _, failure, _ in runs.values()))
 
@@ -149,6 +149,7 @@ def serve(options):
 def _run(*command, **environment):
     print(f"\n$ {' '.join(command)}", flush=True)
     names = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **environment}
+    names.setdefault("OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY", "PASSIVE"))
     return (
         subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env={**os.environ, **names}).returncode
         == 0
@@ -195,7 +196,7 @@ def _same_tree(before):
 
 def test(_):
     outcome = []
-    nbval = "-n 2 --dist loadscope --nbval-lax --nbval-cell-timeout 300 --nbval-sanitize-with tests/nbval.cfg"
+    nbval = "--nbval-cell-timeout 300 --nbval-sanitize-with tests/nbval.cfg -o timeout=600".split()
     units = ["-n", "2", "--dist", "loadfile", "-m", "not long", "--ignore", "tests/benchmarks"]
     with alone("tree", BUSY), work_folder("test") as work:
         before = tree_state()
@@ -204,7 +205,11 @@ def test(_):
             "lint": lambda: _run("ruff", "check", "."),
             "pages": lambda: _pages(work),
             "units": lambda: _run("pytest", "-q", *units, "tests"),
-            "chapters": lambda: _run("pytest", "-q", *nbval.split(), "-o", "timeout=600", "book/chapters"),
+            # the whole output of an evidence page is made of records, so all of it is compared
+            "evidence": lambda: _run("pytest", "-q", *nbval, "--nbval", "book/evidence"),
+            "chapters": lambda: _run(
+                "pytest", "-q", *nbval, "--nbval-lax", "-n", "2", "--dist", "loadscope", "book/chapters"
+            ),
             "other parameters": lambda: _other_parameters(work),
             "clean tree": lambda: _same_tree(before),
         }

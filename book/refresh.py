@@ -8,10 +8,10 @@ import sys
 
 from generated import fill
 from running import (
-    BOOK,
     ROOT,
     chapters,
     default_parameters,
+    notebooks,
     read_notebook,
     run_chapter,
     work_folder,
@@ -80,27 +80,28 @@ def refresh(options):
     from deepclust_nb.places import write_atomic
 
     with work_folder("refresh") as work:
-        failed = [name for name in options.chapters or chapters() if not _refreshed(name, work, options.all)]
+        wanted = [path for path in notebooks() if not options.chapters or path.stem in options.chapters]
+        failed = [path for path in wanted if not _refreshed(path, work, options.all)]
     readme = ROOT / "README.md"
     write_atomic(readme, fill(readme.read_text(encoding="utf-8"), "book/"))
     sys.exit(bool(failed))
 
 
-def _refreshed(name, work, always):
-    """Store a chapter's outputs anew unless they are of today's code; returns whether they are now."""
+def _refreshed(path, work, always):
+    """Store a notebook's outputs anew unless they are of today's code; returns whether they are now."""
     import nbformat
 
     from deepclust_nb import digest
     from deepclust_nb.places import write_atomic
 
-    path = BOOK / "chapters" / f"{name}.ipynb"
+    folder, name = path.parent.name, path.stem
     stored = read_notebook(path)
     digest.write_digest(name)
-    shown, known = digest.shown_digest(name), stored.metadata.get("deepclust", {})
+    shown, known = digest.shown_digest(name, folder), stored.metadata.get("deepclust", {})
     if known.get("shown") == shown and not always:
-        print(f"  {name}  is up to date")
+        print(f"  {folder}/{name}  is up to date")
         return True
-    target = work / f"{name}.ipynb"
+    target = work / folder / f"{name}.ipynb"
     # one thread, as the chapter's test runs it: the order of sums, and so the last digits, depend on it
     seconds, failure = run_chapter(path, target, {}, threads=1)
     if failure:

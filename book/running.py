@@ -1,4 +1,4 @@
-"""The book's chapters: their names, their notebooks, a run with a progress line, and places to work."""
+"""The book's notebooks: their names and files, a run with a progress line, and places to work."""
 
 import shutil
 import subprocess
@@ -13,13 +13,21 @@ ROOT = Path(__file__).resolve().parent.parent
 BOOK, BUILD = ROOT / "book", ROOT / "_build"
 
 
-def chapters():
-    """Names of the chapters (notebooks) in the table of contents, in its order."""
+def chapters(folder="chapters"):
+    """Names of the chapters in the table of contents, in its order; of folder "evidence", its pages."""
     import yaml
 
     toc = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
-    files = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
-    return [Path(file).name for file in files if file.startswith("chapters/")]
+    pages = [entry for part in toc["parts"] for entry in part["chapters"]]
+    files = [entry["file"] for page in pages for entry in (page, *page.get("sections", []))]
+    return [Path(file).name for file in files if file.startswith(f"{folder}/")]
+
+
+def notebooks(book=BOOK):
+    """Files of all chapters, then of all evidence pages, below `book`, each in the contents' order."""
+    return [
+        book / folder / f"{name}.ipynb" for folder in ("chapters", "evidence") for name in chapters(folder)
+    ]
 
 
 def read_notebook(path):

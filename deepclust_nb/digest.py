@@ -57,15 +57,15 @@ def cells_digest(notebook):
     return sha256(_tree(_statements(notebook, DECIDING)))
 
 
-def shown_digest(chapter):
-    """Digest of all that a notebook's stored outputs depend on: its code cells, the definitions they reach in
-    the helper (sweep left out), the papers' numbers, and the records of the chapter and of every chapter it
-    names (all records for a chapter that has none of its own).
+def shown_digest(chapter, folder="chapters"):
+    """Digest of all that the stored outputs of a chapter, or of its page in `evidence`, depend on: its code
+    cells, the definitions they reach in the helper (sweep left out), the papers' numbers, and the records and
+    the code digest of the chapter and of every chapter it names (all records for one that has none).
 
     Returns: 64 hexadecimal digits.
     Raises: as `code_digest`.
     """
-    statements = _statements(chapter_file(chapter), None)
+    statements = _statements(chapter_file(chapter, folder), None)
     named = {node.value for top in statements for node in ast.walk(top) if isinstance(node, ast.Constant)}
     records, papers = data_root() / "records", data_root() / "papers"
     every = not (records / chapter).is_dir()
@@ -75,6 +75,9 @@ def shown_digest(chapter):
             files.append(path)
     # As text with its line ends normalised: a checkout on Windows holds the same.
     contents = [[path.name, sha256(path.read_text(encoding="utf-8"))] for path in sorted(files)]
+    # A record's mark "older code" depends on the code, of which an evidence page itself holds nothing.
+    shown = sorted({path.relative_to(records).parts[0] for path in files if path.suffix == ".json"})
+    contents += [[name, code_digest(name)] for name in shown if chapter_file(name).is_file()]
     return _digest(statements, DISPLAYING, contents)
 
 

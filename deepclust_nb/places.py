@@ -30,9 +30,9 @@ def data_root():
     raise FileNotFoundError(f"There is no data folder in {package} or beside it: install the package again.")
 
 
-def chapter_file(chapter):
-    """Where a chapter's notebook lies in a checkout; the file need not exist."""
-    return root() / "book" / "chapters" / f"{chapter}.ipynb"
+def chapter_file(chapter, folder="chapters"):
+    """Where a chapter's notebook, or its page in `evidence`, lies in a checkout; the file need not exist."""
+    return root() / "book" / folder / f"{chapter}.ipynb"
 
 
 def absolute_folders():

@@ -115,6 +115,26 @@ def test_the_digest_follows_definition_and_run_cells_but_not_their_layout(code):
     assert other_print[0] == before[0] and other_print[1] != before[1]
 
 
+def test_an_evidence_page_follows_its_cells_its_records_and_the_code_they_are_of(code):
+    digests, folder, module = code
+
+    def shown(cell="print(1)", cells=CELLS, **changed):
+        digests(cells, **changed)
+        notebook([(cell, None, None)], folder / "book/evidence/tiny.ipynb")
+        return module.shown_digest("tiny", "evidence")
+
+    (folder / "book/evidence").mkdir(exist_ok=True)
+    records = sys.modules[module.__name__.replace("digest", "records")]
+    store(records, folder)
+    before = shown()
+    assert shown("print(2)") != before
+    assert shown(cells=[*CELLS[:2], ("f(3)", "run", None), CELLS[3]]) != before  # its records become older
+    assert shown(helper=[("SCALE = 2", "SCALE = 3")]) != before
+    assert shown(cells=[*CELLS[:3], ("print(f(4))", None, None)]) == before == shown()
+    store(records, folder, acc=0.7)
+    assert shown() != before
+
+
 def test_the_shown_digest_follows_records_and_papers(code):
     digests, folder, module = code
     before = digests()

@@ -26,6 +26,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "book"))
 CHAPTERS = sorted((ROOT / "book" / "chapters").glob("*.ipynb"))
+EVIDENCE = sorted((ROOT / "book" / "evidence").glob("*.ipynb"))
+NOTEBOOKS = CHAPTERS + EVIDENCE
 PAGES = [ROOT / "book" / "intro.md", *sorted((ROOT / "book" / "guide").glob("*.md"))]
 TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
@@ -33,6 +35,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 MIB = 2**20
 
 each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 
 
 def read(path):
@@ -384,10 +387,12 @@ def test_arrows_point_one_way():
 # ---------------------------------------------------------------- chapters
 
 
-def test_every_chapter_is_in_the_table_of_contents():
+def test_every_chapter_and_its_evidence_are_in_the_table_of_contents():
     running = importlib.import_module("running")
     assert sorted(running.chapters()) == [path.stem for path in CHAPTERS]
-    assert CHAPTERS
+    assert CHAPTERS and sorted(running.notebooks()) == sorted(NOTEBOOKS)
+    # every chapter of today has its page of evidence, in the same order
+    assert running.chapters("evidence") == running.chapters()
 
 
 def cell_lengths(notebook):
@@ -396,9 +401,99 @@ def cell_lengths(notebook):
     return [sum(1 for line in cell if line and line[0] not in "#%!") for cell in lines]
 
 
+HIDDEN = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
+# A chapter is read in 45 minutes; what exceeds this room belongs on its evidence page.
+ROOM = {"words": 4500, "visible lines of code": 300, "table rows": 60, "figures": 12}
+
+
+def outputs_as(notebook, kind):
+    """The outputs of a notebook that have a text of this kind, joined."""
+    found = [output.get("data", {}) for cell in cells(notebook, "code") for output in cell["outputs"]]
+    return ["".join(data[kind]) for data in found if kind in data]
+
+
+def extent(notebook):
+    """How much there is to read: the words of the text and of generated sentences, visible lines of code,
+    rows of tables, figures."""
+    pages = outputs_as(notebook, "text/html")
+    text = "\n".join(source(cell) for cell in cells(notebook, "markdown"))
+    said = [data for data in outputs_as(notebook, "text/markdown") if not data.startswith("|")]
+    shown = {
+        "cells": [c for c in notebook["cells"] if c["cell_type"] == "code" and not HIDDEN & set(tags(c))]
+    }
+    rows = sum(len(re.findall(r"<tr><td|<tr>\s*<td", page)) for page in pages)
+    rows += len(re.findall(r"^\|(?!\s*:?-)", text, re.M)) - len(re.findall(r"^\|\s*:?-", text, re.M))
+    return {
+        "words": len(re.sub(r"<[^>]*>|\]\([^)]*\)|\||-{3,}", " ", "\n".join([text, *said])).split()),
+        "visible lines of code": sum(cell_lengths(shown)),
+        "table rows": rows,
+        "figures": sum(len(re.findall(r"<figure\b|<div data-stepper=", page)) for page in pages),
+    }
+
+
 @each_chapter
+def test_a_chapter_is_read_in_one_sitting(path):
+    found = extent(read(path))
+    assert {what: n for what, n in found.items() if n > ROOM[what]} == {}
+
+
+def test_the_extent_counts_what_is_read():
+    parts = [("markdown", "one two [three](a/b.md)\n\n| a | b |\n|---|---|\n| c | d |")]
+    parts += [("code", "a = 1\n# why\n\nb = 2"), ("code", "c = 3", ["hide-input"]), ("code", "d = 4")]
+    notebook = chapter(*parts)
+    table, figure = "<table><tbody><tr><td>1</td></tr><tr><td>2</td></tr></tbody></table>", "<figure><img>"
+    made = [{"text/html": table, "text/markdown": "| 1 |"}, {"text/html": figure}]
+    made += [
+        {"text/html": '<div data-stepper="a">'},
+        {"text/markdown": "four five", "text/plain": "four five"},
+    ]
+    notebook["cells"][1]["outputs"] = [{"data": data} for data in made]
+    counted = extent(notebook)
+    assert counted.pop("words") == 3 + 4 + 2  # a table in the text is read too
+    assert counted == {"visible lines of code": 3, "table rows": 3, "figures": 2}
+
+
+def wrong_evidence(notebook):
+    """What an evidence page holds that only a chapter may, or leaves in the reader's way."""
+    problems, allowed = [], {"nbval-skip", "hide-input", "remove-input", "remove-cell"}
+    for cell in cells(notebook, "code"):
+        problems += [f"cell {cell['id']} has the tag {tag}" for tag in set(tags(cell)) - allowed]
+        if not HIDDEN & set(tags(cell)):
+            problems.append(f"cell {cell['id']} shows its source")
+        imported = [node for node in ast.walk(ast.parse(code_of(cell))) if isinstance(node, ast.Import)]
+        names = [alias.name.split(".")[0] for node in imported for alias in node.names]
+        problems += [
+            f"cell {cell['id']} imports {name}" for name in names if name in ("torch", "torchvision")
+        ]
+    about = notebook["metadata"].get("deepclust", {}).get("seconds", 0)
+    return problems + ([f"it takes about {about} s, and 20 are allowed"] if about > 20 else [])
+
+
+@pytest.mark.parametrize("path", EVIDENCE, ids=lambda path: path.stem)
+def test_evidence_is_made_of_records_alone_and_in_seconds(path):
+    notebook = read(path)
+    assert not wrong_evidence(notebook)
+    first = source(notebook["cells"][0])
+    assert first.startswith("# Evidence: ") and f"(../chapters/{path.name})" in first
+    linked = "\n".join(source(cell) for cell in cells(read(ROOT / "book/chapters" / path.name), "markdown"))
+    assert f"(../evidence/{path.name}" in linked
+
+
+def test_training_on_an_evidence_page_is_found():
+    assert not wrong_evidence(chapter(("code", "from deepclust_nb import records", ["remove-input"])))
+    for planted in (("import torch", ["remove-input"]), ("a = 1", ["run", "hide-input"]), ("a = 1", [])):
+        assert wrong_evidence(chapter(("code", *planted))), planted
+    slow = chapter()
+    slow["metadata"]["deepclust"] = {"seconds": 30}
+    assert wrong_evidence(slow)
+
+
+@each_notebook
 def test_cells_are_short(path):
     lengths = sorted(cell_lengths(read(path)))
+    if path in EVIDENCE:  # its source is not read in passing
+        assert lengths[-1] <= 40
+        return
     assert statistics.median(lengths) <= 8
     assert lengths[max(0, -(-9 * len(lengths) // 10) - 1)] <= 25
     assert lengths[-1] <= 40
@@ -516,6 +611,8 @@ def wrong_outputs(notebook):
                 problems.append(f"{name} shows a bare picture: plots.show(fig, alt) gives it a text")
             texts = [output.get("text", ""), data.get("text/plain", ""), data.get("text/html", "")]
             text = "\n".join("".join(item) for item in texts)
+            if "<img" in text and not re.search(r"<figcaption>\s*\S|class=\"words\">\s*\S", text):
+                problems.append(f"{name} shows a picture without a caption")
             for image in re.findall(r"<img\b[^>]*>", text):
                 if not re.search(r"""\balt=(["'])(?=\s*\S)(?!\1)""", image):
                     problems.append(f"{name} shows a picture without alternative text")
@@ -530,7 +627,7 @@ def wrong_outputs(notebook):
     return problems
 
 
-@each_chapter
+@each_notebook
 def test_outputs_are_fit_to_be_stored(path):
     assert not wrong_outputs(read(path))
 
@@ -547,6 +644,10 @@ def test_outputs_are_fit_to_be_stored(path):
             "data": {"text/html": '<img alt="" src="data:image/png;base64,AA==">'},
         },
         {"output_type": "stream", "name": "stdout", "text": ["saved to /tmp/x/model.pt"]},
+        {
+            "output_type": "display_data",
+            "data": {"text/html": '<img alt="three curves" src="data:image/png;base64,AA==">'},
+        },
     ],
 )
 def test_unfit_outputs_are_found(output):
@@ -558,17 +659,19 @@ def test_unfit_outputs_are_found(output):
 def test_fit_outputs_and_unfit_text():
     notebook = chapter(("code", "1"), ("markdown", "A [link](a.md) and ![words](a.png)"))
     html = '<img src="data:image/png;base64,A/tmp/A==" alt="three curves" style="max-width:100%">'
+    html = f"<figure>{html}<figcaption>Three curves</figcaption></figure>"
     notebook["cells"][0]["outputs"] = [{"output_type": "display_data", "data": {"text/html": html}}]
     assert not wrong_outputs(notebook)
     assert wrong_outputs(chapter(("markdown", "![](a.png)")))
     assert wrong_outputs(chapter(("markdown", "see {ref}`there`")))
 
 
-@each_chapter
+@each_notebook
 def test_stored_outputs_are_of_current_code(path):
     code = importlib.import_module("deepclust_nb.digest")
     stored = read(path)["metadata"].get("deepclust", {}).get("shown")
-    assert stored == code.shown_digest(path.stem), "code or records changed since: run `make refresh`"
+    now = code.shown_digest(path.stem, path.parent.name)
+    assert stored == now, "code or records changed since: run `make refresh`"
     digest = ROOT / "data" / "records" / path.stem / "digest.txt"
     assert digest.read_text(encoding="utf-8").strip() == code.code_digest(path.stem), "run `make refresh`"
 
@@ -614,7 +717,7 @@ def typed_numbers(text, known=()):
     return found
 
 
-@pytest.mark.parametrize("path", TEXTS + CHAPTERS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", TEXTS + NOTEBOOKS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_numbers_are_generated_or_listed(path):
     if path.suffix == ".ipynb":
         text = "\n\n".join(source(cell) for cell in cells(read(path), "markdown"))
@@ -638,7 +741,7 @@ def broken_links(text, folder):
     return [target for target in targets if not (folder / target).exists()]
 
 
-@pytest.mark.parametrize("path", TEXTS + CHAPTERS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", TEXTS + NOTEBOOKS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_links_lead_somewhere(path):
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
