@@ -52,22 +52,36 @@ def make_optimizer(name, parameters, lr, momentum=0.9):
     raise ValueError(f'optimizer must be "sgd" or "adam", got {name!r}')
 
 
-def pretrain(model, x, optimizer, epochs, seed, batch_size=256, precision="float32"):
+def pretrain(
+    model,
+    x,
+    optimizer,
+    epochs,
+    seed,
+    batch_size=256,
+    precision="float32",
+    schedule="constant",
+    view=None,
+):
     """Trains an autoencoder on its reconstruction error, the mean over samples and pixels.
 
     Parameters: model: an Autoencoder; x: (n, ...) uint8 images or float vectors, whole on the device;
         optimizer: over model.parameters(); epochs: passes over x; seed: of the order; precision: see
-        `training.steps`.
+        `training.steps`; schedule: see `training.falling`; view: a function of a batch of images or vectors,
+        float, that gives what is learned from, of the same shape; None for the batch itself.
     Returns: (steps,) array, the reconstruction error at each step.
     Source: DEC-keras (SGD with learning rate 1 works only because the error is a mean over pixels).
     """
     loop = training.steps(len(x), batch_size, epochs, seed, precision=precision, title="autoencoder")
+    rate = training.falling(optimizer, schedule, len(loop))
     for step in loop:
-        batch = to_float(x[step.index]).flatten(1)
+        batch = to_float(x[step.index])
+        batch = (batch if view is None else view(batch)).flatten(1)
         with step.autocast():
             _, x_hat = model(batch)
             loss = F.mse_loss(x_hat, batch)
         step.update(optimizer, loss, {"reconstruction": loss})
+        rate.step()
     return loop.history["reconstruction"]
 
 
@@ -167,6 +181,7 @@ def self_train(
     target="all",
     max_share=0.9,
     precision="float32",
+    view=None,
 ):
     """The loop of DEC (gamma None) and IDEC (gamma a number).
 
@@ -179,6 +194,7 @@ def self_train(
             it from the current batch at every step, as several public packages do.
         max_share: highest share of the points that one cluster may hold before the run stops as collapsed.
         precision: see `training.steps`.
+        view: as in `pretrain`; the target is that of the samples themselves.
     Yields: State at step 0, every update_interval steps, and at the end.
     Raises: ValueError before training for a bad setting; training.CollapseError; FloatingPointError.
     """
@@ -201,7 +217,8 @@ def self_train(
             yield state
             if state.converged:
                 return
-        batch = to_float(x[step.index]).flatten(1)
+        batch = to_float(x[step.index])
+        batch = (batch if view is None else view(batch)).flatten(1)
         with step.autocast():
             z = model.encode(batch)
             x_hat = None if gamma is None else model.decode(z)

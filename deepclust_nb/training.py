@@ -68,6 +68,19 @@ def autocast(precision):
     return torch.autocast(device().type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
+def falling(optimizer, schedule, n_steps):
+    """The learning rate of a run: "constant", or "cosine", along which it falls to zero in n_steps.
+
+    Returns: a scheduler, whose `step()` is called after each update.
+    Raises: ValueError for another schedule.
+    """
+    if schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
+    if schedule == "constant":
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    raise ValueError(f'schedule must be "constant" or "cosine", got {schedule!r}')
+
+
 def steps(
     n, batch_size, epochs=None, seed=0, *, iterations=None, precision="float32", title=None, smallest=1
 ):
