@@ -4,11 +4,14 @@ A line `<!-- generated: NAME -->` in a page is followed, in the built copy, by w
 the text stands between that line and its end mark; `make refresh` renews it and a test compares it.
 """
 
+import base64
 import re
 
 from running import BOOK, chapters, read_notebook
 
 PROFILES = ("paper", "laptop", "quick")
+# Studies in which a method of the front page runs as its paper prints it, where the headline is a variant.
+HEADLINES = ("headline", "semicatvae_as_printed")
 
 
 def _spread(values):
@@ -25,7 +28,7 @@ def _table(header, rows):
 
 
 def _reported(chapter, method, dataset, metric="acc"):
-    """What the papers reported for this method on this data set, or a dash."""
+    """What the papers reported for this method, under exactly this name, on this data set, or a dash."""
     from deepclust_nb import results
 
     wanted = (method, dataset, metric)
@@ -35,42 +38,111 @@ def _reported(chapter, method, dataset, metric="acc"):
     return f"{values[0]:.3f}" if values else "–"
 
 
-def chapter_table(prefix="book/"):
-    """Markdown table of the chapters: data, minutes of a quick run, our ACC beside the paper's."""
+def _title(name):
+    notebook = read_notebook(BOOK / "chapters" / f"{name}.ipynb")
+    title = re.search(r"^# (.+)$", notebook.cells[0].source, re.M).group(1).strip()
+    return title, notebook
+
+
+def _own(name):
+    """A chapter's own method in the runs that count most: {(data set, profile, method): records}.
+
+    Of each name of the method (a variant of ours has a name of its own) the records as its headline, or as
+    printed, of the profile nearest to the paper.
+    """
     from deepclust_nb import records as stored
 
+    found = [r for r in stored.load(chapter=name, study=None) if "acc" in r]
+    method = next((r["method"] for r in reversed(found) if r["study"] == "headline"), "")
+    plain = re.sub(r" \(.*\)$", "", method)
+    groups = {}
+    for record in found:
+        if re.sub(r" \(.*\)$", "", record["method"]) == plain and record["study"] in HEADLINES:
+            groups.setdefault((record["dataset"], record["profile"], record["method"]), []).append(record)
+    best = {}
+    for (dataset, profile, method), group in groups.items():
+        rank = (PROFILES.index(profile), dataset != "mnist")
+        if method not in best or rank < best[method][0]:
+            best[method] = (rank, (dataset, profile, method), group)
+    return {key: group for _, key, group in best.values()}
+
+
+def chapter_table(prefix="book/"):
+    """Markdown table of the chapters, a row for each name of a method: data, our ACC, the paper's."""
     rows = []
     for name in chapters():
-        notebook = read_notebook(BOOK / "chapters" / f"{name}.ipynb")
-        title = re.search(r"^# (.+)$", notebook.cells[0].source, re.M).group(1).strip()
+        title, notebook = _title(name)
         seconds = notebook.metadata.get("deepclust", {}).get("seconds")
-        records, ours, paper, data = stored.load(chapter=name), "not measured yet", "–", "–"
-        for profile in PROFILES:
-            # a run's own method comes last in its file, and so in the list of all
-            here = [record for record in records if record["profile"] == profile and "acc" in record]
-            if here:
-                here = [record for record in here if record["method"] == here[-1]["method"]]
-                data = max(dict.fromkeys(r["dataset"] for r in here), key=[r["dataset"] for r in here].count)
-                here = [record for record in here if record["dataset"] == data]
-                ours = f"{here[0]['method']} {_spread([record['acc'] for record in here])}"
-                ours += "" if all(record["current"] for record in here) else ", older code"
-                paper = _reported(name, here[0]["method"], data)
-                break
         minutes = f"{max(1, round(seconds / 60))}" if seconds else "–"
-        rows.append([f"[{title}]({prefix}chapters/{name}.ipynb)", data, minutes, ours, paper])
-    return _table(["Chapter", "Data", "Minutes (quick)", "ACC, ours", "ACC, paper"], rows)
+        link = f"[{title}]({prefix}chapters/{name}.ipynb)"
+        for (dataset, profile, method), group in sorted(_own(name).items(), key=lambda item: item[0][2]):
+            ours = _spread([record["acc"] for record in group])
+            ours += "" if all(record["current"] for record in group) else ", older code"
+            rows.append(
+                [link, minutes, method, f"{dataset}, {profile}", ours, _reported(name, method, dataset)]
+            )
+            link = minutes = ""
+        if link:
+            rows.append([link, minutes, "not measured yet", "–", "–", "–"])
+    return _table(["Chapter", "Minutes", "Method", "Data, profile", "ACC, ours", "ACC, paper"], rows)
+
+
+def cards(prefix=""):
+    """A card for each chapter: its first picture of a run, its idea, our number beside the paper's."""
+    made = []
+    for name in chapters():
+        title, notebook = _title(name)
+        picture = f":img-top: {prefix}assets/card-{name}.png" if thumbnail(name) else ""
+        idea = re.search(r"^- \*Idea in a sentence\.\* (.+)$", notebook.cells[0].source, re.M)
+        lines = [
+            f":::{{grid-item-card}} {title}",
+            f":link: {prefix}chapters/{name}.ipynb",
+            ":link-alt: " + title,
+            picture,
+        ]
+        lines += ["", idea.group(1) if idea else "", ""]
+        for (dataset, profile, method), group in sorted(_own(name).items(), key=lambda item: item[0][2]):
+            paper = _reported(name, method, dataset)
+            beside = f"; the paper {paper}" if paper != "–" else ", a variant of ours" * ("(" in method)
+            ours = f"ACC {_spread([record['acc'] for record in group])}"
+            lines.append(f"- {method} on {dataset}, {profile} profile: {ours}{beside}")
+        seconds = notebook.metadata.get("deepclust", {}).get("seconds")
+        lines += [
+            "",
+            f"About {max(1, round(seconds / 60))} min to run, 45 min to read." if seconds else "",
+            ":::",
+        ]
+        made.append("\n".join(lines))
+    inner = "\n\n".join(made)
+    return f"::::{{grid}} 1 1 2 2\n:gutter: 3\n\n{inner}\n::::\n"
+
+
+def thumbnail(name):
+    """The picture of a chapter's card, as PNG bytes: the last frame of its last stepper; None without one."""
+    _, notebook = _title(name)
+    pages = [o.get("data", {}).get("text/html", "") for c in notebook.cells for o in c.get("outputs", [])]
+    steppers = [page for page in pages if "data-stepper" in page]
+    found = re.findall(r'src="data:image/png;base64,([^"]+)"', steppers[-1]) if steppers else []
+    return base64.b64decode(found[-1]) if found else None
+
+
+def _rows(studies):
+    """A row for each group of records: chapter, study, method, data, profile and changed parameters."""
+    from deepclust_nb import records
+
+    groups = {}
+    for record in (r for name in chapters() for r in records.load(chapter=name, study=None)):
+        if (record["study"] != "headline") == studies:
+            own = {key: value for key, value in record["parameters"].items() if key != "seed"}
+            place = [record[key] for key in ("chapter", "study", "dataset", "profile", "method")]
+            groups.setdefault((*place, repr(sorted(own.items()))), []).append(record)
+    return groups
 
 
 def status_table(prefix=""):
     """Markdown table of every headline record: method, data, profile, seeds, ours beside the paper's."""
-    from deepclust_nb import records
-
-    groups = {}
-    for record in (r for name in chapters() for r in records.load(chapter=name)):
-        key = (record["chapter"], record["dataset"], record["profile"], record["method"])
-        groups.setdefault(key, []).append(record)
     rows = []
-    for (chapter, dataset, profile, method), group in groups.items():
+    for (chapter, _, dataset, profile, method, _), group in _rows(studies=False).items():
         shown = {m: _spread([r[m] for r in group]) if m in group[0] else "–" for m in ("acc", "nmi")}
         age = "" if all(record["current"] for record in group) else "older code"
         paper = _reported(chapter, method, dataset)
@@ -80,7 +152,37 @@ def status_table(prefix=""):
     return _table(["Chapter", "Method", "Data", "Profile", "ACC", "NMI", "ACC, paper", "Code"], rows)
 
 
-GENERATED = {"chapters": chapter_table, "status": status_table}
+def studies_table(prefix=""):
+    """Markdown table of every record of a study: what differs from the headline of its profile."""
+    from deepclust_nb.sweep import plan
+
+    rows, usual = [], {}
+    for (chapter, study, dataset, profile, method, _), group in _rows(studies=True).items():
+        place = (chapter, profile, dataset)
+        if place not in usual:
+            quick = plan.defaults(BOOK / "chapters" / f"{chapter}.ipynb")
+            usual[place] = quick | plan.profile_parameters(chapter, profile, dataset)
+        parameters = group[0]["parameters"]
+        changed = {
+            key: value
+            for key, value in parameters.items()
+            if key != "seed" and usual[place].get(key, value) != value
+        }
+        words = ", ".join(f"`{key} = {value}`" for key, value in changed.items()) or "–"
+        age = "" if all(record["current"] for record in group) else "older code"
+        acc = _spread([r["acc"] for r in group if "acc" in r])
+        rows.append([chapter, study, method, f"{dataset}, {profile}", words, acc, age])
+    if not rows:
+        return "No study is recorded yet.\n"
+    return _table(["Chapter", "Study", "Method", "Data, profile", "Changed", "ACC", "Code"], rows)
+
+
+GENERATED = {
+    "cards": cards,
+    "chapters": chapter_table,
+    "status": status_table,
+    "studies": studies_table,
+}
 MARK, END = r"<!-- generated: (\w+) -->\n", "<!-- end generated -->\n"
 
 

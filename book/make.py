@@ -15,7 +15,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from generated import fill
+from generated import fill, thumbnail
 from refresh import records, refresh
 from running import (
     BOOK,
@@ -66,6 +66,9 @@ def loads_from_outside(folder):
 def render(source, work):
     """Fill the generated text of the pages in `source` and build them in `work`, warnings as errors; return
     the folder of pages."""
+    for name in chapters():
+        if (picture := thumbnail(name)) is not None:
+            (source / "assets" / f"card-{name}.png").write_bytes(picture)
     for page in source.rglob("*.md"):
         text = page.read_text(encoding="utf-8")
         if "<!-- generated:" in text:
