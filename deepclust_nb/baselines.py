@@ -53,16 +53,9 @@ def make_optimizer(name, parameters, lr, momentum=0.9):
 
 
 def pretrain(
-    model,
-    x,
-    optimizer,
-    epochs,
-    seed,
-    batch_size=256,
-    precision="float32",
-    schedule="constant",
-    view=None,
-):
+    model, x, optimizer, epochs, seed,
+    batch_size=256, precision="float32", schedule="constant", view=None
+):  # fmt: skip
     """Trains an autoencoder on its reconstruction error, the mean over samples and pixels.
 
     Parameters: model: an Autoencoder; x: (n, ...) uint8 images or float vectors, whole on the device;

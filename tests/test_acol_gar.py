@@ -543,7 +543,12 @@ def test_a_look_reports_what_it_saw(acol, estimators):
     assert np.allclose(found, codes, atol=1e-6) and how == [3, 11, 1]
     labels, _ = baselines.kmeans(torch.as_tensor(found), 3, 11, 1)
     assert row["acc"] == metrics.accuracy(y, labels) and 0.4 < row["acc"] < 1
-    assert (row["step"], row["since"]) == (7, 5) and set(row) > {"map", "pair"} and len(row) == 7
+    assert (row["step"], row["since"]) == (7, 5) and set(row) > {"map", "pair"} and len(row) == 11
+    turned = acol.transform(tables, x[:1000], torch.arange(1000) % 4)
+    B = torch.as_tensor(model.read(turned)[1]).relu()
+    for kind, blocks in (("original", B), ("modified", acol.by_parent(B, 4))):
+        for name, value in zip(("affinity", "balance"), acol.affinity_and_balance(blocks), strict=True):
+            assert row[f"{name}, {kind}"] == pytest.approx(value.mean().item(), abs=1e-4)
     assert row["pseudo accuracy"] == pytest.approx(told_right(model, x[:1000], 4))
     assert row["pseudo accuracy"] != pytest.approx(told_right(model, x, 4))
     share = np.square(np.maximum(Z, 0))[:, 0::4].sum(axis=0)
@@ -585,8 +590,15 @@ def test_what_a_record_keeps(acol, estimators):
     for step in (500, 1500):
         rows.append({name: step / 8 + i for i, name in enumerate(names)} | {"step": step, "acc": step / 2000})
     rows[-1]["map"] = torch.ones(50, 2)
-    kept = acol.told(labels, 0.5, rows, y, codes, 9)
-    assert [call[1:] for call in estimators["k-means"]] == [(7, 9, 10), (20, 9, 10)]
+    rows = [dict.fromkeys(acol.BOTH_KINDS, 0.123456) | {"pseudo accuracy": 0.1} | row for row in rows]
+    nodes = torch.full((200, 8), -50.0)
+    nodes[:, 0], nodes[:, 1] = 50.0, 49.0  # the others hold nothing, of probability or of energy
+    kept = acol.told(labels, 0.5, rows, y, codes, nodes, 9)
+    assert (kept["n_nodes"], kept["inactive_softmax"], kept["inactive_z"]) == (8, 6, 6)
+    assert kept["used_f"] == 10 and kept["looks"]["acc"] == [0.25, 0.25, 0.75]
+    assert kept["looks"]["affinity, original"] == [0.1235] * 3
+    assert kept["groups_k7"].count("|") == 6 and sorted(kept["groups_k7"].replace("|", " ")) != []
+    assert [call[1:] for call in estimators["k-means"]] == [(7, 9, 3), (20, 9, 3)]
     assert all(np.array_equal(call[0], codes) for call in estimators["k-means"])
     assert (kept["acc_z"], kept["acc_softmax"]) == (0.7, 0.95) and kept["agreement"] == 0.5
     assert kept["purity_k7"] == pytest.approx(0.7) and kept["kept_whole_k7"] == 1
@@ -599,6 +611,16 @@ def test_what_a_record_keeps(acol, estimators):
     assert (arrays["labels"].numpy() == y[:50]).all()
     assert set(arrays) == {"curve", "labels", "map_0", "map_2"}
     assert not arrays["map_0"].any() and arrays["map_2"].all()
+
+
+def test_classes_that_share_a_cluster_stand_together(acol):
+    y = np.array([0, 0, 0, 1, 1, 2, 2, 2, 3])
+    found = np.array([5, 5, 1, 5, 5, 1, 1, 1, 0])
+    assert acol.merged_classes(y, found) == "0 1|2|3"
+
+
+def test_runs_with_centred_digits_have_a_name_of_their_own(acol):
+    assert (acol.method_name(True), acol.method_name(False)) == ("ACOL-GAR (centred)", "ACOL-GAR")
 
 
 def short_run(acol, seed=0, **changed):
@@ -1012,7 +1034,7 @@ def test_recorded_quick_runs_had_the_parameters_of_today():
     today = {}
     exec(cell_with("profile = "), today)
     del today["__builtins__"]
-    for method in ("ACOL-GAR", "k-means"):
+    for method in ("ACOL-GAR (centred)", "k-means"):
         found = records.load(CHAPTER, today["dataset"], today["profile"], method)
         assert found and all(r["parameters"] | {"seed": 0} == today for r in found)
 

@@ -346,8 +346,10 @@ def test_defaults_are_those_of_the_named_codes():
         "target": "all",
         "max_share": 0.9,
         "precision": "float32",
+        "view": None,
     }
-    assert defaults(baselines.pretrain) == {"batch_size": 256, "precision": "float32"}
+    plain = {"schedule": "constant", "view": None}
+    assert defaults(baselines.pretrain) == {"batch_size": 256, "precision": "float32"} | plain
     assert defaults(baselines.kmeans) == {"n_init": 20} and defaults(baselines.gmm) == {"n_init": 5}
     assert defaults(baselines.student_t) == {"alpha": 1.0}
 

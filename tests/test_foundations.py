@@ -18,7 +18,11 @@ CHAPTER = "foundations"
 QUICK = dict(n_clusters=3, pretrain_epochs=2, batch_size=20, iterations=6, update_interval=3, tol=0.0) | {
     "idec_lr": 0.0003
 }
+# the published kind of run: no moved copies, images as they are; the narrow layers are for speed
+PUBLISHED = dict(side=0, narrow=25, augment=False, dec_optimizer="sgd", dec_lr=0.01, pretrain_lr=0.001)
+QUICK |= PUBLISHED | dict(pretrain_schedule="constant")
 OTHER = dict(n_clusters=4, pretrain_epochs=1, batch_size=16, iterations=5, update_interval=2, tol=0.9, seed=3)
+OTHER |= PUBLISHED | dict(augment=True, dec_optimizer="adam")
 OTHER |= dict(init="fan_in", pretrain_optimizer="sgd", pretrain_lr=0.1, dec_lr=0.05, idec_optimizer="sgd")
 OTHER |= dict(idec_lr=0.001, gamma=500.0, target="batch", n_images=60)
 GOLDEN = {
@@ -52,6 +56,56 @@ def stage():
     q = baselines.student_t(model.encode(x), centroids).detach()
     perfect = torch.eye(3)[y]
     return model, x, y.numpy(), types.SimpleNamespace(centroids=centroids, p=perfect, q=q, labels=y.numpy())
+
+
+def test_moved_copies_are_moved_as_little_as_they_say():
+    moved = definitions(CHAPTER).slightly_moved
+    images = torch.zeros(400, 1, 16, 16)
+    images[:, :, 7:9, 7:9] = 1  # a square about the middle stays there but for the shift
+    torch.manual_seed(0)
+    light = moved(images)[:, 0]
+    middle = torch.arange(16.0) - 7.5
+    away = torch.stack([(light.sum(axis) * middle).sum(1) / light.sum((1, 2)) for axis in (1, 2)])
+    assert away.abs().max() <= 0.08 * 16 + 0.05 and away.abs().max() > 0.07 * 16
+    assert away.mean(dim=1).abs().max() < 0.12 and (away.std(dim=1) - 0.08 * 16 / 3**0.5).abs().max() < 0.08
+    assert torch.allclose(moved(images, degrees=0.0, shift=0.0), images, atol=1e-5)
+    images = torch.zeros(400, 1, 33, 33)
+    images[:, :, 16, 26:28] = 1  # far from the middle turning shows: by up to ten degrees, both ways
+    rows = torch.arange(33.0) - 16
+    up = (moved(images, shift=0.0)[:, 0].sum(2) * rows).sum(1) / moved(images, shift=0.0)[:, 0].sum((1, 2))
+    assert 1.2 < up.abs().max() < 2.4 and up.min() < -1 < 1 < up.max()
+
+
+def test_views_move_what_is_learned_from_and_not_the_target():
+    seen, x = [], torch.rand(40, 1, 4, 4)
+
+    def view(batch):
+        seen.append(batch.shape)
+        return batch.flip(3)
+
+    torch.manual_seed(0)
+    model = networks.Autoencoder(16, n_code=2, widths=(8,))
+    start = baselines.kmeans(baselines.encode(model, x), 3, seed=0)[1]
+    settings = dict(seed=0, iterations=4, update_interval=4, tol=0.0, batch_size=10, max_share=1.0)
+    first, last = baselines.dec(model, x, start, view=view, **settings)
+    assert seen == [(10, 1, 4, 4)] * 4 and torch.allclose(first.q.sum(1), torch.ones(40))
+    assert torch.equal(last.embedding, baselines.encode(model, x))  # of the images as they are
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    errors = baselines.pretrain(model, x, optimizer, 1, 0, batch_size=40, view=view)
+    flat = x.flip(3).flatten(1)
+    assert errors == pytest.approx([torch.nn.functional.mse_loss(model(flat)[1], flat).item()])
+
+
+def test_what_is_not_published_has_a_name_of_its_own():
+    name = definitions(CHAPTER).method_name
+    assert name("DEC", True) == "DEC (augmented)" and name("DEC", False) == "DEC"
+
+
+def test_images_are_resized_only_when_asked():
+    resized, x = definitions(CHAPTER).resized, torch.full((2, 1, 28, 28), 200, dtype=torch.uint8)
+    assert resized(x, 0) is x
+    small = resized(x, 16)
+    assert small.shape == (2, 1, 16, 16) and small.dtype == torch.uint8 and (small == 200).all()
 
 
 def test_pseudo_labels_that_are_true_teach_what_labels_teach(stage):
@@ -195,9 +249,7 @@ def test_timed_gives_the_result_and_the_seconds_of_the_call(monkeypatch):
 @pytest.fixture(scope="module")
 def whole():
     """The chapter's deciding cells on few digits: what they left behind, and what was seen."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(networks, "Autoencoder", functools.partial(networks.Autoencoder, widths=(20,)))
-        yield golden.run(CHAPTER, **QUICK | dict(n_images=70, seed=0, dec_lr=0.05))
+    yield golden.run(CHAPTER, **QUICK | dict(n_images=70, seed=0, dec_lr=0.05))
 
 
 def test_every_method_is_scored_on_the_labels_of_its_own_images(whole):
@@ -309,7 +361,7 @@ def test_all_images_are_taken_unless_a_number_is_given():
     many = data.Dataset(torch.arange(70_000)[:, None, None, None], torch.arange(70_000) % 10, "any", "all")
     for n_images, expected in ((0, 70_000), (300, 300)):
         namespace = vars(definitions(CHAPTER)) | dict(n_images=n_images, dataset="any", parameters={})
-        namespace |= dict(precision="float32", data=types.SimpleNamespace(load=lambda name: many))
+        namespace |= dict(precision="float32", side=0, data=types.SimpleNamespace(load=lambda name: many))
         exec(source, namespace)
         x = namespace["x"].flatten().tolist()
         assert len(x) == len(set(x)) == expected and namespace["y"].tolist() == [i % 10 for i in x]

@@ -22,7 +22,7 @@ TABLE = {
     "foundations": {
         "classes": 10,
         "parameters": dict(pretrain_epochs=2, batch_size=16, iterations=8, update_interval=2, tol=0.0)
-        | dict(dec_lr=0.1),
+        | dict(side=0, narrow=1, augment=False, dec_optimizer="sgd", dec_lr=0.1, pretrain_lr=0.001),
         "scores": SCORES | {"randomness"},
         "columns": {"curve": [0]},
     },
@@ -31,7 +31,13 @@ TABLE = {
         "parameters": dict(side=8, width=2, n_features=16, epochs=3, batch_size=16, lr=0.01, n_looks=6)
         | dict(n_duplicates=4, averaging=0.5),
         "scores": SCORES
-        | {"acc_z", "acc_softmax", "purity_k7", "purity_k20", "kept_whole_k7", "kept_whole_k20"},
+        | {"acc_z", "acc_softmax", "looks"}
+        | {
+            f"{score}_k{k}{place}"
+            for score in ("purity", "kept_whole", "groups")
+            for k in (7, 20)
+            for place in ("", "_pixels")
+        },
         "columns": {"curve": [1], "labels": [0]},
     },
     "semicatvae": {

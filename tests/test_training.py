@@ -302,3 +302,16 @@ def test_a_last_batch_that_is_too_small_joins_the_one_before(n, batch_size, smal
 def test_batches_that_cannot_hold_the_smallest_number_are_refused(n, batch_size):
     with pytest.raises(ValueError, match=f"at least 2 samples, got n {n}, batch_size {batch_size}"):
         training.steps(n, batch_size, epochs=1, smallest=2)
+
+
+def test_a_rate_is_constant_or_falls_to_zero_along_a_cosine():
+    for schedule, expected in (("constant", [0.4] * 5), ("cosine", [0.4, 0.3414, 0.2, 0.0586, 0.0])):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
+        rate, seen = training.falling(optimizer, schedule, 4), []
+        for _ in range(5):
+            seen.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            rate.step()
+        assert seen == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(ValueError, match='schedule must be "constant" or "cosine", got \'linear\''):
+        training.falling(optimizer, "linear", 4)
