@@ -497,8 +497,9 @@ def test_cells_are_short(path):
     assert max(cell_lengths(notebook)) <= 40
     shown = [cell for cell in cells(notebook, "code") if not HIDDEN & set(tags(cell))]
     lengths = sorted(cell_lengths({"cells": shown}))
-    assert statistics.median(lengths) <= 8
-    assert lengths[max(0, -(-9 * len(lengths) // 10) - 1)] <= 25
+    # at 80 columns the formatter makes a line of a hundred columns two
+    assert statistics.median(lengths) <= 10
+    assert lengths[max(0, -(-9 * len(lengths) // 10) - 1)] <= 32
     assert lengths[-1] <= 40
 
 
