@@ -10,7 +10,7 @@ FILE ?=
 PORT ?= 8000
 
 .DEFAULT_GOAL := help
-.PHONY: help env book html serve refresh records sweep test test-long mutants bench clean
+.PHONY: help env book html serve refresh records sweep test test-pages test-long mutants bench clean
 
 help: ## list the targets
 	@echo "Targets (the first one you want is 'make book'):"
@@ -65,8 +65,11 @@ sweep: env ## run a sweep: make sweep FILE=book/experiments/NAME.yaml
 	@test -n "$(FILE)" || { echo "Name the sweep: make sweep FILE=book/experiments/NAME.yaml" >&2; exit 2; }
 	@$(PY) -m deepclust_nb.sweep "$(FILE)"
 
-test: env ## check everything: style, units, chapters, a run with other parameters, the pages
+test: env ## check everything: style, units, chapters, a run with other parameters, the pages in a browser
 	@$(PY) book/make.py test
+
+test-pages: env ## render the book and open every page in Chromium: widths, colour schemes, mathematics, steppers, search
+	@$(PY) book/make.py test-pages
 
 test-long: env ## the tests that need many minutes or full data sets
 	@$(PY) -m pytest tests -m long

@@ -5,6 +5,7 @@ the text stands between that line and its end mark; `make refresh` renews it and
 """
 
 import base64
+import html
 import re
 
 from running import BOOK, chapters, read_notebook
@@ -92,14 +93,15 @@ def cards(prefix=""):
     made = []
     for name in chapters():
         title, notebook = _title(name)
-        picture = f":img-top: {prefix}assets/card-{name}.png" if thumbnail(name) else ""
+        picture = thumbnail(name)
         idea = re.search(r"^- \*Idea in a sentence\.\* (.+)$", notebook.cells[0].source, re.M)
         lines = [
             f":::{{grid-item-card}} {title}",
             f":link: {prefix}chapters/{name}.ipynb",
             ":link-alt: " + title,
-            picture,
         ]
+        if picture is not None:
+            lines += [f":img-top: {prefix}assets/card-{name}.png", f":img-alt: {picture[1]}"]
         lines += ["", idea.group(1) if idea else "", ""]
         for (dataset, profile, method), group in sorted(_own(name).items(), key=lambda item: item[0][2]):
             paper = _reported(name, method, dataset)
@@ -118,12 +120,12 @@ def cards(prefix=""):
 
 
 def thumbnail(name):
-    """The picture of a chapter's card, as PNG bytes: the last frame of its last stepper; None without one."""
+    """A card's picture, the last frame of the chapter's last stepper: its PNG bytes and alt text; or None."""
     _, notebook = _title(name)
     pages = [o.get("data", {}).get("text/html", "") for c in notebook.cells for o in c.get("outputs", [])]
     steppers = [page for page in pages if "data-stepper" in page]
-    found = re.findall(r'src="data:image/png;base64,([^"]+)"', steppers[-1]) if steppers else []
-    return base64.b64decode(found[-1]) if found else None
+    found = re.findall(r'alt="([^"]+)"[^>]*src="data:image/png;base64,([^"]+)"', (steppers or [""])[-1])
+    return (base64.b64decode(found[-1][1]), html.unescape(found[-1][0])) if found else None
 
 
 def _rows(studies):

@@ -1,4 +1,4 @@
-"""Run, render, refresh and check the book: what `make book|html|serve|refresh|records|test` do.
+"""Run, render, refresh and check the book: what `make book|html|serve|refresh|records|test|test-pages` do.
 
 Pages are never built where they are written: `book/` is copied to a folder of the command's own under
 `_build`, chapters are executed and generated text is filled in there. So no command but `refresh` and
@@ -15,6 +15,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import browser
 from generated import fill, thumbnail
 from refresh import records, refresh
 from running import (
@@ -68,7 +69,7 @@ def render(source, work):
     the folder of pages."""
     for name in chapters():
         if (picture := thumbnail(name)) is not None:
-            (source / "assets" / f"card-{name}.png").write_bytes(picture)
+            (source / "assets" / f"card-{name}.png").write_bytes(picture[0])
     for page in source.rglob("*.md"):
         text = page.read_text(encoding="utf-8")
         if "<!-- generated:" in text:
@@ -181,11 +182,26 @@ def _other_parameters(work):
 
 def _pages(work):
     try:
-        render(copy_source(work), work)
+        pages = render(copy_source(work), work)
     except SystemExit as stop:
         print(stop)
         return False
-    return True
+    return _looked_at(pages)
+
+
+def _looked_at(pages):
+    """Open the pages in a browser; where there is none, say so and let them pass."""
+    if (chromium := browser.find()) is None:
+        print("NOT LOOKED AT: no Chromium was found, so the pages were rendered and not opened in a browser.")
+        return True
+    found = browser.look(pages, chromium)
+    print("\n".join(found) or f"Every page was opened in {chromium}, wide and narrow, light and dark.")
+    return not found
+
+
+def test_pages(_):
+    with work_folder("pages") as work:
+        sys.exit(not _pages(work))
 
 
 def _same_tree(before):
@@ -230,8 +246,8 @@ def test(_):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (book, html, serve, refresh, records, test):
-        sub = commands.add_parser(command.__name__)
+    for command in (book, html, serve, refresh, records, test, test_pages):
+        sub = commands.add_parser(command.__name__.replace("_", "-"))
         sub.set_defaults(call=command)
         if command is serve:
             sub.add_argument("--port", type=int, default=8000)
