@@ -141,24 +141,34 @@ def _rows(studies):
     return groups
 
 
+def _sections(header, sections, nothing):
+    """A heading and a narrow table for each of {heading: rows}: a phone shows them without scrolling."""
+    made = [
+        f"### {title}\n\n:::{{div}} narrow\n{_table(header, rows)}:::\n" for title, rows in sections.items()
+    ]
+    return "\n".join(made) or f"{nothing}\n"
+
+
+def _name(method, group):
+    """A method's name as a row shows it, with the mark of age."""
+    return method if all(record["current"] for record in group) else f"{method} (older code)"
+
+
 def status_table(prefix=""):
-    """Markdown table of every headline record: method, data, profile, seeds, ours beside the paper's."""
-    rows = []
+    """Markdown tables of every headline record, one a data set and profile: ours beside the paper's."""
+    sections = {}
     for (chapter, _, dataset, profile, method, _), group in _rows(studies=False).items():
         shown = {m: _spread([r[m] for r in group]) if m in group[0] else "–" for m in ("acc", "nmi")}
-        age = "" if all(record["current"] for record in group) else "older code"
-        paper = _reported(chapter, method, dataset)
-        rows.append([chapter, method, dataset, profile, shown["acc"], shown["nmi"], paper, age])
-    if not rows:
-        return "Nothing is recorded yet.\n"
-    return _table(["Chapter", "Method", "Data", "Profile", "ACC", "NMI", "ACC, paper", "Code"], rows)
+        row = [_name(method, group), shown["acc"], _reported(chapter, method, dataset), shown["nmi"]]
+        sections.setdefault(f"{chapter}: {dataset}, {profile} profile", []).append(row)
+    return _sections(["Method", "ACC", "ACC, paper", "NMI"], sections, "Nothing is recorded yet.")
 
 
 def studies_table(prefix=""):
-    """Markdown table of every record of a study: what differs from the headline of its profile."""
+    """Markdown tables of every record of a study: what differs from the headline of its profile."""
     from deepclust_nb.sweep import plan
 
-    rows, usual = [], {}
+    sections, usual = {}, {}
     for (chapter, study, dataset, profile, method, _), group in _rows(studies=True).items():
         place = (chapter, profile, dataset)
         if place not in usual:
@@ -171,12 +181,10 @@ def studies_table(prefix=""):
             if key != "seed" and usual[place].get(key, value) != value
         }
         words = ", ".join(f"`{key} = {value}`" for key, value in changed.items()) or "–"
-        age = "" if all(record["current"] for record in group) else "older code"
-        acc = _spread([r["acc"] for r in group if "acc" in r])
-        rows.append([chapter, study, method, f"{dataset}, {profile}", words, acc, age])
-    if not rows:
-        return "No study is recorded yet.\n"
-    return _table(["Chapter", "Study", "Method", "Data, profile", "Changed", "ACC", "Code"], rows)
+        row = [_name(method, group), words, _spread([r["acc"] for r in group if "acc" in r])]
+        sections.setdefault(f"{study}: {chapter} on {dataset}, {profile} profile", []).append(row)
+    sections = {title: sorted(rows) for title, rows in sections.items()}  # values of one parameter side by side
+    return _sections(["Method", "Changed", "ACC"], sections, "No study is recorded yet.")
 
 
 GENERATED = {
