@@ -183,7 +183,8 @@ def studies_table(prefix=""):
         words = ", ".join(f"`{key} = {value}`" for key, value in changed.items()) or "–"
         row = [_name(method, group), words, _spread([r["acc"] for r in group if "acc" in r])]
         sections.setdefault(f"{study}: {chapter} on {dataset}, {profile} profile", []).append(row)
-    sections = {title: sorted(rows) for title, rows in sections.items()}  # values of one parameter side by side
+    # values of one parameter side by side
+    sections = {title: sorted(rows) for title, rows in sections.items()}
     return _sections(["Method", "Changed", "ACC"], sections, "No study is recorded yet.")
 
 
