@@ -153,7 +153,6 @@ def serve(options):
 def _run(*command, **environment):
     print(f"\n$ {' '.join(command)}", flush=True)
     names = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **environment}
-    names.setdefault("OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY", "PASSIVE"))
     return (
         subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env={**os.environ, **names}).returncode
         == 0

@@ -572,21 +572,14 @@ def test_a_notebook_runs_with_this_interpreter_in_its_own_folder(copy, monkeypat
     source, target = folder / "book/chapters/probe.ipynb", folder / "deep/er/out.ipynb"
     monkeypatch.setenv("DEEPCLUST_CACHE", "my/cache")
     monkeypatch.setenv("DEEPCLUST_RECORDING", "left over")
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     names = ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "DEEPCLUST_RECORDING", "DEEPCLUST_DATA", "DEEPCLUST_CACHE"]
-    names += ["OMP_WAIT_POLICY"]
     notebook([(f'who = ""\nnames = {names}', "parameters", None), (probe, None, None)], source)
     assert 0 < sweep.run_notebook(source, target, {"who": "me"}, threads=3) < 60
     (line,) = json.loads(target.read_text())["cells"][-1]["outputs"][0]["text"]
     there = [sys.executable, str(source.parent), "me", "3", "3", "None", os.path.abspath("relative")]
-    there += [os.path.abspath("my/cache"), "PASSIVE"]
+    there += [os.path.abspath("my/cache")]
     assert line.strip().split("|") == there
     assert [path.name for path in target.parent.iterdir()] == ["out.ipynb"]
-
-
-def test_threads_wait_as_the_user_says(copy, monkeypatch):
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert copy[0].run._environment(1, None)["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_a_failing_notebook_leaves_its_error_line_and_no_target(copy):

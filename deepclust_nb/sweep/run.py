@@ -117,8 +117,6 @@ def _environment(threads, recording):
     paths = {"PYTHONPATH": str(root()), "JUPYTER_PATH": os.path.join(sys.prefix, "share", "jupyter")}
     for name, path in paths.items():
         env[name] = os.pathsep.join(filter(None, [path, env.get(name)]))
-    # Beside another busy process, threads that spin while they wait make a run twice as slow.
-    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if threads is not None:
         env |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     env.pop(RECORDING, None)
