@@ -333,6 +333,19 @@ def test_the_loops_are_set_by_the_parameters_cell(whole):
         assert step["loss"] == pytest.approx(step["reconstruction"] + 0.1 * step["clustering"])
 
 
+def test_the_largest_share_of_a_cluster_is_the_parameter():
+    short = dict(n_images=40, batch_size=20, pretrain_epochs=1, iterations=2, update_interval=1)
+    with pytest.raises(training.CollapseError, match="more than max_share = 0.05"):
+        golden.run(CHAPTER, **QUICK | short | {"max_share": 0.05})
+
+
+def test_narrow_layers_are_rounded_up():
+    short = dict(n_images=40, batch_size=20, pretrain_epochs=1, iterations=1, update_interval=1)
+    namespace, _ = golden.run(CHAPTER, **QUICK | short | {"narrow": 30, "max_share": 1.0})
+    widths = [layer.out_features for layer in namespace["model"].encoder if hasattr(layer, "out_features")]
+    assert widths == [17, 17, 67, 10]
+
+
 def test_the_conflict_is_measured_about_twenty_times_and_the_error_is_of_the_last_hundred_steps(monkeypatch):
     monkeypatch.setattr(networks, "Autoencoder", functools.partial(networks.Autoencoder, widths=(20,)))
     long = dict(n_images=24, batch_size=2, pretrain_epochs=10, iterations=42, update_interval=1)

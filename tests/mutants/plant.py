@@ -54,7 +54,8 @@ def changed(text, bug):
     source = sources[hits[0]].replace(bug["before"], bug["after"])
     try:
         plain = re.sub(r"^(\s*)[%!].*", r"\1pass", source, flags=re.M) if notebook else source
-        compile(plain, bug["file"], "exec")
+        if not bug["file"].endswith(".js"):
+            compile(plain, bug["file"], "exec")
     except SyntaxError as error:
         raise ValueError(f"{bug['id']}: with the bug {bug['file']} is no Python: {error}") from None
     if not notebook:
@@ -72,7 +73,7 @@ def concerned(file, root=ROOT):
     elif file.startswith("deepclust_nb/") and own in COMPUTING:
         first, which = [own, "baselines", "training", "golden", *(set(names) - SLOW)], ANY_EDIT
     else:
-        rest = ["digest", "records", "checks", "results", "make", "metrics", "sweep", "house"]
+        rest = ["digest", "records", "checks", "results", "make", "browser", "metrics", "sweep", "house"]
         first, which = [own, *rest], ANY_EDIT
     files = [f"tests/test_{name}.py" for name in dict.fromkeys(first) if name in names]
     return (*files, "-k", which)
