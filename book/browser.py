@@ -14,7 +14,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 PATIENCE = 20  # seconds for a search to find something
-WIDTHS = {"desk": (1280, 900), "phone": (390, 844)}
+WINDOWS = {"desk": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 CHECK = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
@@ -33,13 +33,12 @@ def look(pages, chromium):
     paths = [path for path in sorted(pages.rglob("*.html")) if _is_page(path)]
     with served(pages) as site, sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        for width, scheme, other in (("desk", "light", "dark"), ("phone", "dark", "light")):
-            size = dict(zip(("width", "height"), WIDTHS[width], strict=True))
-            context = browser.new_context(viewport=size, color_scheme=scheme)
+        for window, scheme, other in (("desk", "light", "dark"), ("phone", "dark", "light")):
+            context = browser.new_context(viewport=WINDOWS[window], color_scheme=scheme)
             for path in paths:
                 name = path.relative_to(pages).as_posix()
                 looked = _page(context, site, name, scheme, other)
-                found += [f"{name} ({width}): {text}" for text in looked]
+                found += [f"{name} ({window}): {text}" for text in looked]
             context.close()
         browser.close()
     return found
@@ -100,6 +99,8 @@ def _typeset(page):
 
 def _stepper(page, box):
     """The stepper shows one frame at a time, and each of its controls leads where it says."""
+    if not box.is_visible():  # folded away
+        return []
     last = len(box.query_selector_all("img")) - 1
 
     def shown():
@@ -117,8 +118,6 @@ def _stepper(page, box):
 
     way = {"first": 0, "next": min(1, last), "back": 0, "last": last}
     way |= {"key Home": 0, "key ArrowRight": min(1, last), "key ArrowLeft": 0, "key End": last}
-    if box.evaluate("e => e.closest('details:not([open])') !== null"):
-        return []
     wrong = [f"{what} shows {at}, not frame {to}" for what, to in way.items() if (at := press(what)) != to]
     return [f"a stepper's {text}: {box.get_attribute('aria-label')[:40]}" for text in wrong]
 

@@ -150,13 +150,10 @@ def serve(options):
             print()
 
 
-def _run(*command, **environment):
+def _run(*command):
     print(f"\n$ {' '.join(command)}", flush=True)
-    names = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **environment}
-    return (
-        subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env={**os.environ, **names}).returncode
-        == 0
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environment).returncode == 0
 
 
 def _other_parameters(work):

@@ -215,6 +215,12 @@ def table(rows, columns=None, formats=None):
     _display({"text/html": box, "text/markdown": text, "text/plain": text})
 
 
+def verdicts(claims):
+    """Display a table of claims: an iterable of (claim, rule, verdict), the last a Verdict or a text."""
+    headings = {"claim": "claim", "rule": "rule", "verdict": "verdict, mean gap"}
+    table([dict(zip(headings, map(str, claim), strict=True)) for claim in claims], headings)
+
+
 def _cell(value, form):
     if value is None:
         return "–"

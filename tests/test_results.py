@@ -231,3 +231,16 @@ def test_a_table_marks_older_code_scrolls_and_escapes(shown):
     assert "<td>a|b&lt;c (older code)</td><td>0.50, 0.25</td>" in bundle["text/html"]
     results.table(rows)
     assert shown[1][0]["text/plain"].startswith("| method | acc | std | n |")
+
+
+def test_claims_stand_beside_their_rule_and_verdict(shown):
+    results.verdicts(
+        [("it helps", "higher", results.count([True, True, False])), ("it hurts", "lower", "not run")]
+    )
+    ((bundle, _),) = shown
+    assert bundle["text/plain"].splitlines() == [
+        "| claim | rule | verdict, mean gap |",
+        "| --- | --- | --- |",
+        "| it helps | higher | partly: 2 of 3 runs |",
+        "| it hurts | lower | not run |",
+    ]
