@@ -1,0 +1,76 @@
+"""Train the start that ships with the package, mnist_16.npz, and write its record beside it.
+
+    python data/weights/make.py [--folder F]       needs all of MNIST; a quarter of an hour on one thread
+
+It is the pretraining of the chapter `dynae`, whose own cells are run here, on all 70,000 images of MNIST without
+labels. The labels are used once, to score k-means on the code for the record. Weights are stored as float16.
+Products are in bfloat16 where the processor has it, so another machine gets other last digits.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1] / "tests"))
+sys.path.insert(0, str(HERE.parents[1]))
+
+from loader import definitions  # noqa: E402
+
+from deepclust_nb import baselines, data, digest, metrics, networks, places, training  # noqa: E402
+
+SETTINGS = {"dataset": "mnist", "margin": 2, "side": 16, "widths": [300, 300, 300], "seed": 0}
+SETTINGS |= {"iterations": 60_000, "lr": 0.001, "schedule": "cosine", "batch_size": 256}
+SETTINGS |= {"degrees": 10.0, "shift": 0.1, "adversary": "none"}
+
+
+def trained(chapter, x, settings, precision):
+    """An Autoencoder pretrained on images x (n, c, h, w) uint8 by the chapter's own loop."""
+    training.seed_everything(settings["seed"])
+    model = networks.Autoencoder(x[0].numel(), widths=settings["widths"])
+    own = {
+        key: settings[key]
+        for key in ("iterations", "lr", "schedule", "batch_size", "seed", "adversary", "widths")
+    }
+    chapter.pretrain(
+        model,
+        x,
+        precision=precision,
+        critic_weight=0.5,
+        view=lambda images: chapter.slightly_moved(images, settings["degrees"], settings["shift"]),
+        **own,
+    )
+    return model
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    chapter, precision = definitions("dynae"), training.resolve_precision("auto")
+    stored = data.load(SETTINGS["dataset"])
+    x = chapter.prepared(stored.x, SETTINGS["margin"], SETTINGS["side"])
+    started = time.perf_counter()
+    model = trained(chapter, x, SETTINGS, precision)
+    seconds = time.perf_counter() - started
+    half = {name: value.numpy().astype(np.float16) for name, value in model.state_dict().items()}
+    np.savez_compressed(folder / "mnist_16.npz", **half)
+    model.load_state_dict({name: torch.from_numpy(value.astype(np.float32)) for name, value in half.items()})
+    labels, _ = baselines.kmeans(baselines.encode(model, x), 10, SETTINGS["seed"])
+    record = {"settings": SETTINGS, "scored": "k-means on the code of the stored weights, all of MNIST"}
+    record |= metrics.scores(stored.y.numpy(), labels) | {"seconds": round(seconds), "precision": precision}
+    record |= {"threads": 1, "torch": torch.__version__, "commit": digest.commit()}
+    content = (folder / "mnist_16.npz").read_bytes()
+    record["sha256"] = hashlib.sha256(content).hexdigest()
+    places.write_atomic(folder / "mnist_16.json", json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--folder", type=Path, default=HERE)
+    main(arguments.parse_args().folder)
