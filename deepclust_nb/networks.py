@@ -1,20 +1,10 @@
-"""The networks that several chapters share, and trained starts that come with the package. A network that
-belongs to one paper lives in that paper's chapter.
+"""The networks that several chapters share. A network that belongs to one paper lives in that paper's
+chapter.
 """
 
-import hashlib
-import io
 import itertools
 
-import numpy as np
-import torch
 from torch import nn
-
-from .checks import suggestion
-from .places import data_root
-
-# Of data/weights: a damaged start, or one of another origin, is not taken for the one with the record.
-STARTS = {"mnist_16": "5319001272c271dbe37c1f1f25732931bd8aac9a3881a64fe6004d95bfd713b9"}
 
 
 class Autoencoder(nn.Module):
@@ -80,21 +70,3 @@ def initialise(layer, init):
         raise ValueError(f'init must be "fan_in" or "glorot", got {init!r}')
     nn.init.zeros_(layer.bias)
     return layer
-
-
-def shipped(name):
-    """A trained start that comes with the package, as a state dict of float32 tensors (stored as float16).
-
-    mnist_16: `Autoencoder(256, widths=(300, 300, 300))`, pretrained by the chapter `dynae` on moved copies of
-    all 70,000 MNIST images, cut by 2 pixels and resized to 16 x 16; its record lies beside it.
-
-    Raises: ValueError for an unknown name; OSError for a missing or damaged file.
-    """
-    if name not in STARTS:
-        raise ValueError(f"there is no stored start {name!r}{suggestion(name, STARTS)}")
-    path = data_root() / "weights" / f"{name}.npz"
-    content = path.read_bytes()
-    if (found := hashlib.sha256(content).hexdigest()) != STARTS[name]:
-        raise OSError(f"{path} is damaged (its sha256 is {found}, but should be {STARTS[name]})")
-    with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-        return {key: torch.from_numpy(stored[key].astype(np.float32)) for key in stored.files}

@@ -26,9 +26,9 @@ COSTLY = {
     "n_features": 64,
     "n_duplicates": 9,
 }
-COSTLY |= {"n_map": 120}
+COSTLY |= {"n_map": 120, "pretrain_iterations": 60}
 SHORT = {"epochs": 2, "pretrain_epochs": 1, "iterations": 12, "update_interval": 4, "width": 2}
-SHORT |= {"n_features": 24, "n_map": 100, "batch_size": 64}
+SHORT |= {"n_features": 24, "n_map": 100, "batch_size": 64, "pretrain_iterations": 12, "interval": 4}
 SIZES = dict.fromkeys(data.SIZES, (400, 200))
 SHAPES = {"usps": (1, 16, 16), "svhn": (3, 32, 32)}
 

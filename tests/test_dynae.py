@@ -435,7 +435,7 @@ def test_it_draws_the_centres_of_groups_that_are_plain(dynae, blobs):
         return (drawn - drawn.mean(dim=1, keepdim=True)).square().sum(dim=2).mean()
 
     before = apart()
-    state = list(dynae.dynae(model, blobs, view=same, **HOW | {"iterations": 200}))[-1]
+    state = list(dynae.dynae(model, blobs, view=same, **HOW | {"iterations": 400, "optimizer": "adam"}))[-1]
     assert metrics.accuracy(np.repeat([0, 1, 2], 30), state.labels) == 1
     assert state.unsure.float().mean() < 0.01 and apart() < before / 2
 

@@ -26,6 +26,15 @@ TABLE = {
         "scores": SCORES | {"randomness"},
         "columns": {"curve": [0]},
     },
+    "dynae": {
+        "classes": 10,
+        "parameters": dict(widths=[32, 32, 32], start="trained", pretrain_iterations=6, batch_size=16)
+        | dict(
+            iterations=8, interval=2, lr=0.05, kappa=3.0, max_share=1.0, tol=0.0, rivals="all", classical=True
+        ),
+        "scores": SCORES | {"start_acc", "looks", "randomness", "randomness_first", "randomness_last"},
+        "columns": {"curve": [1, 2, 3, 6, 7, 8, 9]},
+    },
     "acol_gar": {
         "classes": 10,
         "parameters": dict(side=8, width=2, n_features=16, epochs=3, batch_size=16, lr=0.01, n_looks=6)
@@ -132,7 +141,7 @@ def done(chapter, load, picked=None, **more):
         arrays = {}
         for name, values in records.arrays(record).items():
             columns = values.reshape(len(values), -1).copy()
-            columns[:, table["columns"].get(name, [])] = 0
+            columns[:, [c for c in table["columns"].get(name, []) if c < columns.shape[1]]] = 0
             arrays[name] = digest(columns)
         found["arrays"].append(arrays)
     return dict(flat(found)), labels, namespace

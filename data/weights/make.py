@@ -2,8 +2,8 @@
 
     python data/weights/make.py [--folder F]       needs all of MNIST; a quarter of an hour on one thread
 
-It is the pretraining of the chapter `dynae`, whose own cells are run here, on all 70,000 images of MNIST without
-labels. The labels are used once, to score k-means on the code for the record. Weights are stored as float16.
+It is the pretraining of the chapter `dynae`, whose own cells are run here, on all 70,000 images of MNIST,
+without labels. These are used once, to score k-means on the code for the record. Weights are stored as float16.
 Products are in bfloat16 where the processor has it, so another machine gets other last digits.
 """
 
