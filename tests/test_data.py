@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import importlib.util
 import io
+import json
 import os
 import pickle
 import socket
@@ -899,3 +900,57 @@ def test_jpeg_images_show_what_the_exact_ones_show():
     assert torch.equal(exact.y, lossy.y[: len(exact.y)])
     error = (data.to_float(exact.x) - data.to_float(lossy.x[: len(exact.x)])).square().mean((1, 2, 3))
     assert -10 * torch.log10(error).median() > 29  # decibel
+
+
+# trained starts
+
+
+def test_a_trained_start_fits_its_network_and_gives_its_recorded_score():
+    from loader import definitions
+
+    from deepclust_nb import baselines, metrics, networks, records
+
+    state = data.trained_start("mnist_16")
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    model = networks.Autoencoder(256, widths=(300, 300, 300))
+    model.load_state_dict(state)
+    digits = data.load("mnist_5k")
+    x = definitions("dynae").prepared(digits.x, 2, 16)
+    labels, _ = baselines.kmeans(baselines.encode(model, x), 10, 0)
+    recorded = records.load("dynae", "mnist_5k", "quick", "AE+k-means (augmented)")
+    assert metrics.accuracy(digits.y, labels) == pytest.approx(records.mean(recorded, "acc"), abs=0.005)
+
+
+def test_a_trained_start_lies_beside_the_record_that_made_it():
+    weights = data.data_root() / "weights"
+    for name, expected in data.STARTS.items():
+        record = json.loads((weights / f"{name}.json").read_text(encoding="utf-8"))
+        assert record["sha256"] == expected and (weights / f"{name}.npz").stat().st_size < 1_000_000
+        assert {"settings", "acc", "nmi", "seconds", "precision", "threads", "torch", "commit"} <= set(record)
+
+
+def test_an_unknown_or_damaged_start_is_refused(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="no trained start 'mnist'. Known are mnist_16"):
+        data.trained_start("mnist")
+    content = bytearray((data.data_root() / "weights" / "mnist_16.npz").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "mnist_16.npz").write_bytes(content)
+    monkeypatch.setattr(data, "data_root", lambda: tmp_path)
+    with pytest.raises(OSError, match="damaged"):
+        data.trained_start("mnist_16")
+
+
+@needs_full_sets
+def test_a_trained_start_scores_on_all_of_mnist_what_its_record_says():
+    from loader import definitions
+
+    from deepclust_nb import baselines, metrics, networks
+
+    record = json.loads((data.data_root() / "weights" / "mnist_16.json").read_text(encoding="utf-8"))
+    model = networks.Autoencoder(256, widths=record["settings"]["widths"])
+    model.load_state_dict(data.trained_start("mnist_16"))
+    digits = data.load("mnist")
+    x = definitions("dynae").prepared(digits.x, 2, 16)
+    labels, _ = baselines.kmeans(baselines.encode(model, x), 10, 0, n_init=2)
+    assert metrics.accuracy(digits.y, labels) == pytest.approx(record["acc"], abs=0.01)

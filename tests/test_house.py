@@ -229,11 +229,12 @@ def test_the_wheel_carries_images_papers_and_records(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for path in tracked():
         relative = path.relative_to(ROOT).as_posix()
-        if relative.startswith(("data/bundled/", "data/papers/", "data/records/")) and path.suffix != ".py":
+        folders = ("data/bundled/", "data/papers/", "data/records/", "data/weights/")
+        if relative.startswith(folders) and path.suffix != ".py":
             assert f"deepclust_nb/_data/{relative.removeprefix('data/')}" in names
         if relative.startswith("deepclust_nb/"):
             assert relative in names
-    assert not [name for name in names if "__pycache__" in name or name.endswith("build.py")]
+    assert not [name for name in names if "__pycache__" in name or name.endswith(("build.py", "make.py"))]
 
 
 @pytest.mark.timeout(900)

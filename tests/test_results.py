@@ -193,6 +193,16 @@ def test_paper_rows_are_scores_of_known_data_sets():
             assert row["value"] > 0 if row["metric"] == "seconds" else -1 <= row["value"] <= 1, row
 
 
+def test_a_table_that_two_chapters_quote_is_the_same_in_both():
+    rows = results.paper("dynae")
+    full = [r for r in rows if r["table"] == "Table 2" and "all images" in r["protocol"]]
+    own = {(r["method"], r["dataset"], r["metric"]): r["value"] for r in full}
+    quoted = [r for r in results.paper("foundations") if r["table"] == "DynAE Table 2"]
+    assert len(quoted) > 20
+    for r in quoted:
+        assert own[r["method"], r["dataset"], r["metric"]] == r["value"], r
+
+
 def test_an_unknown_fact_is_named_with_the_closest():
     assert results.fact("idec_gamma") == 0.1
     with pytest.raises(KeyError, match="idec_gama.*did you mean idec_gamma?"):

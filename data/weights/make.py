@@ -3,7 +3,7 @@
     python data/weights/make.py [--folder F]       needs all of MNIST; a quarter of an hour on one thread
 
 It is the pretraining of the chapter `dynae`, whose own cells are run here, on all 70,000 images of MNIST,
-without labels. These are used once, to score k-means on the code for the record. Weights are stored as float16.
+without labels. These are used once, to score k-means on the code for the record. Weights are float16.
 Products are in bfloat16 where the processor has it, so another machine gets other last digits.
 """
 
@@ -49,6 +49,19 @@ def trained(chapter, x, settings, precision):
     return model
 
 
+def record_of(path, x, y, seconds, precision):
+    """What is stored beside the weights: settings, k-means on the code of the stored weights, time, sum."""
+    with np.load(path, allow_pickle=False) as stored:
+        state = {name: torch.from_numpy(stored[name].astype(np.float32)) for name in stored.files}
+    model = networks.Autoencoder(x[0].numel(), widths=SETTINGS["widths"])
+    model.load_state_dict(state)
+    labels, _ = baselines.kmeans(baselines.encode(model, x), 10, SETTINGS["seed"])
+    record = {"settings": SETTINGS, "scored": "k-means on the code of the stored weights, all of MNIST"}
+    record |= metrics.scores(y, labels) | {"seconds": round(seconds), "precision": precision, "threads": 1}
+    record |= {"torch": torch.__version__, "commit": digest.commit()}
+    return record | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
 def main(folder):
     torch.set_num_threads(1)
     chapter, precision = definitions("dynae"), training.resolve_precision("auto")
@@ -59,13 +72,7 @@ def main(folder):
     seconds = time.perf_counter() - started
     half = {name: value.numpy().astype(np.float16) for name, value in model.state_dict().items()}
     np.savez_compressed(folder / "mnist_16.npz", **half)
-    model.load_state_dict({name: torch.from_numpy(value.astype(np.float32)) for name, value in half.items()})
-    labels, _ = baselines.kmeans(baselines.encode(model, x), 10, SETTINGS["seed"])
-    record = {"settings": SETTINGS, "scored": "k-means on the code of the stored weights, all of MNIST"}
-    record |= metrics.scores(stored.y.numpy(), labels) | {"seconds": round(seconds), "precision": precision}
-    record |= {"threads": 1, "torch": torch.__version__, "commit": digest.commit()}
-    content = (folder / "mnist_16.npz").read_bytes()
-    record["sha256"] = hashlib.sha256(content).hexdigest()
+    record = record_of(folder / "mnist_16.npz", x, stored.y.numpy(), seconds, precision)
     places.write_atomic(folder / "mnist_16.json", json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))
 
