@@ -419,6 +419,13 @@ def test_it_stops_when_few_are_unsure(dynae, blobs, tol, length):
     assert len(states) == length and states[-1].converged == (tol > 1)
 
 
+def test_few_means_a_smaller_share_than_the_tolerance(dynae):
+    z = torch.tensor([[0.0], [0.1], [0.2], [5.0], [10.0]])  # the fourth lies between two centres
+    for tol, stops in ((0.19, False), (0.21, True), (0.81, True)):
+        state = dynae.look(0, z, torch.tensor([[0.0], [10.0]]), torch.rand(2, 4), (0.6, 0.0), 5, tol)
+        assert state.unsure.sum() == 1 and state.converged == stops
+
+
 def test_a_collapse_is_stopped(dynae, blobs):
     with pytest.raises(training.CollapseError, match="max_share"):
         list(dynae.dynae(autoencoder(), blobs, view=same, **HOW | {"max_share": 0.2}))
