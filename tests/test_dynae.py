@@ -43,10 +43,11 @@ GOLDEN = {
     "frozen critic, no consistency": case(
         **TINY | dict(adversary="frozen", critic_weight=2.0, consistency=False, optimizer="adam", lr=0.01)
     ),
+    # With the consistency term the code term of images that do not move is 0/0 up to rounding.
     "plain, test images alone, constant rate": case(
         **TINY
         | dict(degrees=0.0, shift=0.0, split="test", pretrain_schedule="constant", margin=0, side=10)
-        | dict(rivals="DC*", seed=1)
+        | dict(rivals="DC*", seed=1, consistency=False)
     ),
     "the stored start": case(
         iterations=6, interval=2, batch_size=20, tol=0.0, n_clusters=3, kappa=1.2, rivals="IDEC*"

@@ -227,9 +227,9 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_carries_images_papers_and_records(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
+    folders = ("data/bundled/", "data/papers/", "data/records/", "data/weights/")
     for path in tracked():
         relative = path.relative_to(ROOT).as_posix()
-        folders = ("data/bundled/", "data/papers/", "data/records/", "data/weights/")
         if relative.startswith(folders) and path.suffix != ".py":
             assert f"deepclust_nb/_data/{relative.removeprefix('data/')}" in names
         if relative.startswith("deepclust_nb/"):

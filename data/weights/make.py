@@ -8,6 +8,7 @@ Products are in bfloat16 where the processor has it, so another machine gets oth
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import sys
@@ -25,27 +26,19 @@ from loader import definitions  # noqa: E402
 
 from deepclust_nb import baselines, data, digest, metrics, networks, places, training  # noqa: E402
 
-SETTINGS = {"dataset": "mnist", "margin": 2, "side": 16, "widths": [300, 300, 300], "seed": 0}
-SETTINGS |= {"iterations": 60_000, "lr": 0.001, "schedule": "cosine", "batch_size": 256}
-SETTINGS |= {"degrees": 10.0, "shift": 0.1, "adversary": "none"}
+TRAINING = {"iterations": 60_000, "lr": 0.001, "schedule": "cosine", "batch_size": 256, "seed": 0}
+TRAINING |= {"adversary": "none", "widths": [300, 300, 300]}
+PICTURES = {"margin": 2, "side": 16}
+MOVES = {"degrees": 10.0, "shift": 0.1}
+SETTINGS = {"dataset": "mnist", **PICTURES, **TRAINING, **MOVES}
 
 
-def trained(chapter, x, settings, precision):
+def trained(chapter, x, precision):
     """An Autoencoder pretrained on images x (n, c, h, w) uint8 by the chapter's own loop."""
-    training.seed_everything(settings["seed"])
-    model = networks.Autoencoder(x[0].numel(), widths=settings["widths"])
-    own = {
-        key: settings[key]
-        for key in ("iterations", "lr", "schedule", "batch_size", "seed", "adversary", "widths")
-    }
-    chapter.pretrain(
-        model,
-        x,
-        precision=precision,
-        critic_weight=0.5,
-        view=lambda images: chapter.slightly_moved(images, settings["degrees"], settings["shift"]),
-        **own,
-    )
+    training.seed_everything(TRAINING["seed"])
+    model = networks.Autoencoder(x[0].numel(), widths=TRAINING["widths"])
+    view = functools.partial(chapter.slightly_moved, **MOVES)
+    chapter.pretrain(model, x, precision=precision, view=view, critic_weight=0.0, **TRAINING)
     return model
 
 
@@ -53,9 +46,9 @@ def record_of(path, x, y, seconds, precision):
     """What is stored beside the weights: settings, k-means on the code of the stored weights, time, sum."""
     with np.load(path, allow_pickle=False) as stored:
         state = {name: torch.from_numpy(stored[name].astype(np.float32)) for name in stored.files}
-    model = networks.Autoencoder(x[0].numel(), widths=SETTINGS["widths"])
+    model = networks.Autoencoder(x[0].numel(), widths=TRAINING["widths"])
     model.load_state_dict(state)
-    labels, _ = baselines.kmeans(baselines.encode(model, x), 10, SETTINGS["seed"])
+    labels, _ = baselines.kmeans(baselines.encode(model, x), 10, TRAINING["seed"])
     record = {"settings": SETTINGS, "scored": "k-means on the code of the stored weights, all of MNIST"}
     record |= metrics.scores(y, labels) | {"seconds": round(seconds), "precision": precision, "threads": 1}
     record |= {"torch": torch.__version__, "commit": digest.commit()}
@@ -66,9 +59,9 @@ def main(folder):
     torch.set_num_threads(1)
     chapter, precision = definitions("dynae"), training.resolve_precision("auto")
     stored = data.load(SETTINGS["dataset"])
-    x = chapter.prepared(stored.x, SETTINGS["margin"], SETTINGS["side"])
+    x = chapter.prepared(stored.x, **PICTURES)
     started = time.perf_counter()
-    model = trained(chapter, x, SETTINGS, precision)
+    model = trained(chapter, x, precision)
     seconds = time.perf_counter() - started
     half = {name: value.numpy().astype(np.float16) for name, value in model.state_dict().items()}
     np.savez_compressed(folder / "mnist_16.npz", **half)
