@@ -21,6 +21,11 @@ def main(arguments=None):
         type=int,
         help="threads of runs that name none (default: OMP_NUM_THREADS, or the cores over the workers)",
     )
+    parser.add_argument(
+        "--graphs",
+        action="store_true",
+        help="on a GPU: replay training steps as CUDA graphs",
+    )
     parser.add_argument("--dry-run", action="store_true", help="only check the file and list its runs")
     parser.add_argument("--force", action="store_true", help="run again what is recorded already")
     options = parser.parse_args(arguments)
@@ -34,7 +39,7 @@ def main(arguments=None):
     from . import run as doing
 
     threads = options.threads or doing.default_threads(options.workers)
-    runs = [run | {"threads": run["threads"] or threads} for run in runs]
+    runs = [run | {"threads": run["threads"] or threads, "graphs": options.graphs} for run in runs]
     if options.dry_run:
         for run in runs:
             target, notebook, _ = doing.places(run)

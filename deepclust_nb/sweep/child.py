@@ -17,6 +17,8 @@ def main():
     stderr."""
     spec = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if spec["graphs"]:
+        os.environ["DEEPCLUST_GRAPHS"] = "1"  # for the kernel: see the package's __init__
     import papermill
     from papermill.exceptions import PapermillExecutionError
 

@@ -54,7 +54,7 @@ def places(run):
     return data_root() / "records" / f"{stem}.json", notebook, digest
 
 
-def run_notebook(source, target, parameters, threads=None, recording=None):
+def run_notebook(source, target, parameters, threads=None, recording=None, graphs=False):
     """Execute a notebook with papermill in a process of its own, in the notebook's own folder.
 
     The kernel is this interpreter, and both end when the calling process dies. `target` appears only when the
@@ -62,7 +62,8 @@ def run_notebook(source, target, parameters, threads=None, recording=None):
 
     Parameters: source, target: paths of .ipynb files; parameters: name to value, all known to the notebook;
         threads: of OpenMP and MKL, None leaves them as they are; recording: the chapter whose run a sweep
-        records: the kernel states its code, and a number outside its band does not stop it.
+        records: the kernel states its code, and a number outside its band does not stop it; graphs: whether
+        the kernel replays its training steps, see `deepclust_nb.graphs`.
     Returns: seconds, the start of the kernel included.
     Raises: ValueError for parameters that the notebook does not take; RunFailed with the chapter's error
     line.
@@ -71,7 +72,7 @@ def run_notebook(source, target, parameters, threads=None, recording=None):
     resolve(source, parameters)
     target.parent.mkdir(parents=True, exist_ok=True)
     spec = {"source": str(source), "part": str(target.with_name(f".{target.stem}.{os.getpid()}.part.ipynb"))}
-    spec |= {"parameters": parameters}
+    spec |= {"parameters": parameters, "graphs": graphs}
     start, command = time.perf_counter(), [sys.executable, "-m", "deepclust_nb.sweep.child"]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         pipes = {"stdin": subprocess.PIPE, "stdout": errors, "stderr": errors, "text": True}
@@ -162,7 +163,8 @@ def run_one(run, force=False):
         try:
             if force or not notebook.is_file():
                 done, source = "recorded", chapter_path(chapter)
-                seconds = run_notebook(source, notebook, run["parameters"], run["threads"], chapter)
+                how = {"threads": run["threads"], "recording": chapter, "graphs": run.get("graphs", False)}
+                seconds = run_notebook(source, notebook, run["parameters"], **how)
             found = _harvest(run, notebook, digest)
         except (RunFailed, ValueError) as error:
             failed = {"status": "failed", "error": str(error), **run}
