@@ -49,6 +49,24 @@ def require(holds, sentence):
         raise ValueError(sentence)
 
 
+def keeps_gradients(precision):
+    """Whether in this precision a weight keeps its gradient when it was used without one just before.
+
+    In bfloat16 older versions of torch remember the converted weight of the first use, which has no gradient,
+    for the second (its issue 112583): whoever takes codes without a gradient and trains on the same images in
+    one go then trains nothing, in silence. Parameters: precision: "auto", "float32" or "bfloat16".
+    """
+    if precision == "float32":
+        return True
+    import torch
+
+    layer, x = torch.nn.Linear(1, 1), torch.zeros(1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            layer(x)
+        return layer(x).requires_grad
+
+
 def suggestion(name, names):
     """The end of a sentence about an unknown name: the closest known one, or all of them."""
     close = difflib.get_close_matches(name, [str(known) for known in names], n=1)

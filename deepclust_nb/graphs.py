@@ -36,6 +36,7 @@ class Replayed(training.Steps):
         self.every, self._plain, self._graph, self._stale = every or sys.maxsize, 0, None, True
         self._buffer = torch.zeros(self.sizes[0], dtype=torch.int64, device=self.device)
         self._now = self._log = None
+        self._replays = self.device.type == "cuda"
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed)
@@ -53,7 +54,7 @@ class Replayed(training.Steps):
     def _step(self, index):
         check = self.number % self.every == 0
         self._stale |= check
-        if check or self._plain < 3 or len(index) != len(self._buffer) or self.device.type == "cpu":
+        if check or self._plain < 3 or len(index) != len(self._buffer) or not self._replays:
             self._plain += 1
             self.index = index
             if check:  # its body hands over to the caller, for whom nothing may be different

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from deepclust_nb import checks
 
@@ -114,3 +115,21 @@ def test_assignments_are_found_annotated_or_not():
     found = checks.assigned("a = b = 1\nc: int = 2  # why\nif a:\n    d = 3\ne, f = 4, 5")
     assert [name for name, _ in found] == ["a", "b", "c"]
     assert checks.assigned("%time x = 1") == []
+
+
+def test_a_precision_that_loses_gradients_is_told(monkeypatch):
+    assert checks.keeps_gradients("float32") and checks.keeps_gradients("bfloat16")
+
+    def forgetful(n, m):
+        layer, seen = linear(n, m), []
+
+        def call(x):
+            seen.append(layer(x))
+            return seen[0]  # as it was in the first use
+
+        return call
+
+    linear = torch.nn.Linear
+    monkeypatch.setattr(torch.nn, "Linear", forgetful)
+    assert checks.keeps_gradients("float32") and not checks.keeps_gradients("bfloat16")
+    assert not checks.keeps_gradients("auto")

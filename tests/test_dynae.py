@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from loader import definitions
 
-from deepclust_nb import baselines, data, metrics, networks, training
+from deepclust_nb import baselines, checks, data, metrics, networks, training
 
 CHAPTER = "dynae"
 TINY = dict(widths=[32, 32, 32], start="trained", batch_size=16, pretrain_iterations=6, iterations=9)
@@ -584,7 +584,7 @@ def test_what_a_large_set_cannot_have_is_left_out(dynae):
         ({"kappa": 11.0}, "kappa must be above 0 and at most n_clusters"),
         ({"kappa": 0.0}, "kappa must be above 0"),
         ({"n_images": 499}, "at least 50 a cluster"),
-        ({"side": 7}, "side must be 0 or at least 8"),
+        ({"side": 7}, "side must be 0 or 8 up"),
         ({"dataset": "fashion_5k"}, "choose start = trained"),
         ({"side": 20}, "choose start = trained"),
         ({"iterations": 100_000, "interval": 20}, "interval must be at least 100"),
@@ -594,6 +594,13 @@ def test_what_a_large_set_cannot_have_is_left_out(dynae):
 def test_wrong_parameters_are_refused_before_training(changed, sentence):
     with pytest.raises(ValueError, match=sentence):
         golden.run(CHAPTER, tags={"definition", "parameters", "check"}, tiny=False, **changed)
+
+
+def test_a_torch_that_forgets_gradients_is_refused_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(checks, "keeps_gradients", lambda precision: precision == "float32")
+    with pytest.raises(ValueError, match="forgets gradients in bfloat16"):
+        golden.run(CHAPTER, tags={"definition", "parameters", "check"}, tiny=False, precision="auto")
+    golden.run(CHAPTER, tags={"definition", "parameters", "check"}, tiny=False, precision="float32")
 
 
 @pytest.mark.parametrize("name", GOLDEN)

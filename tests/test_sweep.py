@@ -332,17 +332,25 @@ def planned(copy, monkeypatch):
     sweep, folder = copy
     calls = []
 
-    def run_notebook(source, target, parameters, threads=None, recording=None):
+    def run_notebook(source, target, parameters, threads=None, recording=None, graphs=False):
         calls.append(parameters["seed"])
-        assert recording == "tiny"
+        assert recording == "tiny" and graphs == sweep.replayed
         if parameters["seed"] == 1:
             raise sweep.RunFailed("ValueError: lr is too large")
         executed(sweep, folder, parameters, target, threads=threads)
         return 1.0
 
     monkeypatch.setattr(sweep.run, "run_notebook", run_notebook)
+    sweep.replayed = False  # whether runs should be asked to replay their steps
     path = write(folder, "chapter: tiny, dataset: mnist_5k, seeds: [0, 1, 2]")
     return sweep, folder, path, calls
+
+
+def test_graphs_are_asked_for_in_each_run_or_in_none(planned):
+    sweep, folder, path, _ = planned
+    sweep.replayed = True
+    sweep.main([str(path), "--graphs"])
+    assert stored(folder) == ["0", "2"]
 
 
 def stored(folder):
@@ -572,11 +580,12 @@ def test_a_notebook_runs_with_this_interpreter_in_its_own_folder(copy, monkeypat
     source, target = folder / "book/chapters/probe.ipynb", folder / "deep/er/out.ipynb"
     monkeypatch.setenv("DEEPCLUST_CACHE", "my/cache")
     monkeypatch.setenv("DEEPCLUST_RECORDING", "left over")
-    names = ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "DEEPCLUST_RECORDING", "DEEPCLUST_DATA", "DEEPCLUST_CACHE"]
+    names = ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "DEEPCLUST_RECORDING", "DEEPCLUST_GRAPHS"]
+    names += ["DEEPCLUST_DATA", "DEEPCLUST_CACHE"]
     notebook([(f'who = ""\nnames = {names}', "parameters", None), (probe, None, None)], source)
-    assert 0 < sweep.run_notebook(source, target, {"who": "me"}, threads=3) < 60
+    assert 0 < sweep.run_notebook(source, target, {"who": "me"}, threads=3, graphs=True) < 60
     (line,) = json.loads(target.read_text())["cells"][-1]["outputs"][0]["text"]
-    there = [sys.executable, str(source.parent), "me", "3", "3", "None", os.path.abspath("relative")]
+    there = [sys.executable, str(source.parent), "me", "3", "3", "None", "1", os.path.abspath("relative")]
     there += [os.path.abspath("my/cache")]
     assert line.strip().split("|") == there
     assert [path.name for path in target.parent.iterdir()] == ["out.ipynb"]
