@@ -596,6 +596,14 @@ def test_wrong_parameters_are_refused_before_training(changed, sentence):
         golden.run(CHAPTER, tags={"definition", "parameters", "check"}, tiny=False, **changed)
 
 
+def test_a_very_large_weight_of_the_code_term_ends_in_an_infinite_loss():
+    # The evidence page says so of runs that therefore have no record.
+    quick = dict(n_images=1000, iterations=20, gamma=1000.0)
+    for lr in (0.01, 0.001):
+        with pytest.raises(FloatingPointError, match="at step"):
+            golden.run(CHAPTER, data.load, double=False, lr=lr, **quick)
+
+
 def test_a_torch_that_forgets_gradients_is_refused_in_bfloat16(monkeypatch):
     monkeypatch.setattr(checks, "keeps_gradients", lambda precision: precision == "float32")
     with pytest.raises(ValueError, match="forgets gradients in bfloat16"):
