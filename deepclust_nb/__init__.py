@@ -1,10 +1,12 @@
 """Deep clustering built from its papers' equations: what the book's chapters share."""
 
-__version__ = "0.1.0"
-
 import os
 
-if os.environ.get("DEEPCLUST_GRAPHS"):  # set for the kernels of `sweep --graphs`
+from .places import GRAPHS
+
+__version__ = "0.1.0"
+
+if os.environ.get(GRAPHS):
     from . import graphs
 
     graphs.install()

@@ -38,7 +38,7 @@ def test_every_variable_of_ours_stands_in_one_place():
         assert path.name == "places.py" or not {x for x in found if f'"{x}"' in path.read_text("utf-8")}, path
         named |= found
     assert {"DEEPCLUST_DATA", "DEEPCLUST_CACHE", "DEEPCLUST_RECORDING"} <= named
-    assert named <= {places.DATA, places.CACHE, places.RECORDING}
+    assert named <= {places.DATA, places.CACHE, places.RECORDING, places.GRAPHS}
 
 
 def test_folders_travel_as_absolute_paths_where_they_are_set(monkeypatch, tmp_path):

@@ -11,6 +11,8 @@ import sys
 import threading
 from pathlib import Path
 
+from ..places import GRAPHS
+
 
 def main():
     """Execute the notebook `source` with `parameters` and write it to `part`; an error's last line goes to
@@ -18,7 +20,7 @@ def main():
     spec = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if spec["graphs"]:
-        os.environ["DEEPCLUST_GRAPHS"] = "1"  # for the kernel: see the package's __init__
+        os.environ[GRAPHS] = "1"  # for the kernel: see the package's __init__
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
