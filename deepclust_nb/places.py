@@ -9,7 +9,7 @@ from pathlib import Path
 # Every environment variable that is ours.
 DATA = "DEEPCLUST_DATA"  # a folder with stored full data sets
 CACHE = "DEEPCLUST_CACHE"  # where downloaded data sets are kept
-GRAPHS = "DEEPCLUST_GRAPHS"  # set for the kernels of `sweep --graphs`, whose training steps are replayed
+GRAPHS = "DEEPCLUST_GRAPHS"  # set for the kernels of `sweep --graphs`, which replay their steps
 RECORDING = "DEEPCLUST_RECORDING"  # set by a sweep for the kernel: the chapter whose run it records
 FOLDERS = (DATA, CACHE)
 
