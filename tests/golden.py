@@ -234,8 +234,8 @@ def summary(namespace, seen):
 def differences(found, stored, place="", loose=False):
     """Where two summaries differ: sentences. Allowed is 1e-6 of a value, 2e-3 for arrays kept in float16.
 
-    Below 1e-9 all is zero: a bias before batch normalisation has no gradient but rounding errors, which differ
-    between processors.
+    Below 1e-9 all is zero: a bias before batch normalisation has no gradient but rounding errors, which
+    differ between processors.
     """
     if isinstance(stored, dict) and isinstance(found, dict):
         problems = [f"{place}/{key}: only in one" for key in sorted(set(found) ^ set(stored))]
