@@ -13,8 +13,11 @@ from running import BOOK, chapters, read_notebook
 PROFILES = ("paper", "laptop", "quick")
 # Studies whose runs stand on the front page: as the paper prints a method whose headline is a variant, or,
 # under a name that says so, with one thing changed: study -> (end of the name, parameters of those runs).
-FRONT = {"headline": ("", {}), "semicatvae_as_printed": ("", {})}
-FRONT["dynae_paper_starts"] = (" (no adversary)", {"adversary": "none"})
+FRONT = {
+    "headline": ("", {}),
+    "semicatvae_as_printed": ("", {}),
+    "dynae_paper_starts": (" (no adversary)", {"adversary": "none"}),
+}
 
 
 def _spread(values):
@@ -47,6 +50,10 @@ def _title(name):
     return title, notebook
 
 
+def _plain(method):
+    return re.sub(r" \(.*\)$", "", method)
+
+
 def _own(name):
     """A chapter's own method in the runs that count most: {(data set, profile, method): records}.
 
@@ -56,13 +63,13 @@ def _own(name):
     from deepclust_nb import records as stored
 
     found = [r for r in stored.load(chapter=name, study=None) if "acc" in r]
-    method = next((r["method"] for r in reversed(found) if r["study"] == "headline"), "")
-    plain = re.sub(r" \(.*\)$", "", method)
+    method = next((_plain(r["method"]) for r in reversed(found) if r["study"] == "headline"), "")
     groups = {}
     for record in found:
-        ending, changed = FRONT.get(record["study"], ("", None))
-        own = re.sub(r" \(.*\)$", "", record["method"]) == plain
-        if own and changed is not None and changed.items() <= record["parameters"].items():
+        if _plain(record["method"]) != method or record["study"] not in FRONT:
+            continue
+        ending, parameters = FRONT[record["study"]]
+        if parameters.items() <= record["parameters"].items():
             place = (record["dataset"], record["profile"], record["method"] + ending)
             groups.setdefault(place, []).append(record)
     best = {}

@@ -39,24 +39,22 @@ class Replayed(training.Steps):
         self._replays = self.device.type == "cuda"
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed)
-        while self.number < self.total:
-            order = torch.randperm(self.n, generator=generator).to(self.device)
-            for index in order.split(self.sizes)[: self.total - self.number]:
-                yield from self._step(index)
-                self._log[self.number].copy_(self._now)
-                self.number += 1
-                if self.number % 100 == 0:
-                    self._require_finite(
-                        {name: values[self.number - 1] for name, values in self._terms.items()}
-                    )
+        for _ in super().__iter__():
+            self._look()
+            yield from self._step(self.index)
+            self._log[self.number].copy_(self._now)
+        self._look()
+
+    def _look(self):
+        if self.number and self.number % 100 == 0:
+            last = {name: values[self.number - 1] for name, values in self._terms.items()}
+            self._require_finite(last)
 
     def _step(self, index):
         check = self.number % self.every == 0
         self._stale |= check
         if check or self._plain < 3 or len(index) != len(self._buffer) or not self._replays:
             self._plain += 1
-            self.index = index
             if check:  # its body hands over to the caller, for whom nothing may be different
                 yield self
             else:

@@ -584,7 +584,7 @@ def test_what_a_large_set_cannot_have_is_left_out(dynae):
         ({"kappa": 11.0}, "kappa must be above 0 and at most n_clusters"),
         ({"kappa": 0.0}, "kappa must be above 0"),
         ({"n_images": 499}, "at least 50 a cluster"),
-        ({"side": 7}, "side must be 0 or 8 up"),
+        ({"side": 7}, "side must be 0 or at least 8"),
         ({"dataset": "fashion_5k"}, "choose start = trained"),
         ({"side": 20}, "choose start = trained"),
         ({"iterations": 100_000, "interval": 20}, "interval must be at least 100"),
