@@ -19,7 +19,8 @@ from pathlib import Path
 
 from .places import RECORDING, chapter_file, data_root, root, write_atomic
 
-COMPUTING = ("data", "metrics", "networks", "training", "baselines")
+COMPUTING = ("data", "metrics", "networks", "training", "baselines", "mixtures")
+LATER = ("mixtures",)
 DECIDING = {"definition", "run"}  # tags of the cells that make numbers
 DISPLAYING = (*COMPUTING, "checks", "plots", "records", "results")
 
@@ -41,7 +42,7 @@ def code_digest(chapter):
 
     Hashed are the syntax trees, without comments and docstrings, of the chapter's `definition` and `run`
     cells and of the top-level definitions of the computing modules (data, metrics, networks, training,
-    baselines) that those cells, or `records.record`, reach by name, directly or through one another. A
+    baselines, mixtures) that those cells, or `records.record`, reach by name, directly or through one another. A
     definition that nothing of this reaches does not count.
 
     Returns: 64 hexadecimal digits, the same on every Python version and machine.
@@ -144,6 +145,9 @@ def _remembered(chapter, contents):
 def _digest(statements, modules, more=(), reach=()):
     names = {name for tree in (*statements, *reach) for name in _identifiers(tree)}
     left, reached, found = [x for module in modules for x in _definitions(module)], {}, [None]
+    # Every module imports torch: a later one, of which nothing else is reached, has no part in a chapter and
+    # ages none. Those that were there when the first records were made count with their imports, as then.
+    part = set(modules) - set(LATER)
     while found:
         found = [x for x in left if x[1] in names]
         left = [x for x in left if x[1] not in names]
@@ -151,7 +155,10 @@ def _digest(statements, modules, more=(), reach=()):
             # One name may be defined by several statements: SIZES = ..., SIZES |= ...
             reached.setdefault((module, name), []).append(_tree(node))
             names |= _identifiers(node)
-    return sha256([_tree(statements), sorted([*key, *trees] for key, trees in reached.items()), list(more)])
+            if not isinstance(node, ast.Constant):  # which is what `_definitions` makes of an import
+                part.add(module)
+    counted = sorted([*key, *trees] for key, trees in reached.items() if key[0] in part)
+    return sha256([_tree(statements), counted, list(more)])
 
 
 def _statements(path, tags):

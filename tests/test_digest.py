@@ -52,7 +52,17 @@ def code(copy):
     module, folder = copy
     records = module.__name__.replace("digest", "records")
     importlib.import_module(records)
-    for name in ("data", "metrics", "networks", "training", "plots", "checks", "records", "results"):
+    for name in (
+        "data",
+        "metrics",
+        "networks",
+        "training",
+        "mixtures",
+        "plots",
+        "checks",
+        "records",
+        "results",
+    ):
         (folder / f"deepclust_nb/{name}.py").write_text("")
 
     def digests(cells=CELLS, **changed):
@@ -100,6 +110,17 @@ def test_the_digest_follows_what_the_cells_reach(code, helper):
     digests, _, _ = code
     before, after = digests(), digests(helper=helper)
     assert before[0] != after[0] and before[1] != after[1]
+
+
+def test_a_later_module_ages_nothing_until_one_of_its_definitions_is_reached(code):
+    digests, folder, _ = code
+    before, file = digests()[0], folder / "deepclust_nb/mixtures.py"
+    file.write_text("import torch\n\n\ndef elsewhere():\n    return torch.e\n")
+    assert digests()[0] == before
+    file.write_text("import torch\n\n\ndef indirect():\n    return torch.e\n")
+    reached = digests()[0]
+    file.write_text("import numpy as torch\n\n\ndef indirect():\n    return torch.e\n")
+    assert len({before, reached, digests()[0]}) == 3
 
 
 def test_the_digest_follows_definition_and_run_cells_but_not_their_layout(code):

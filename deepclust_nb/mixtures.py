@@ -1,0 +1,1 @@
+"""Generative prior art that several chapters start from or compare with: VAE, VaDE, DCN."""
