@@ -42,8 +42,8 @@ def code_digest(chapter):
 
     Hashed are the syntax trees, without comments and docstrings, of the chapter's `definition` and `run`
     cells and of the top-level definitions of the computing modules (data, metrics, networks, training,
-    baselines, mixtures) that those cells, or `records.record`, reach by name, directly or through one another. A
-    definition that nothing of this reaches does not count.
+    baselines, mixtures) that those cells, or `records.record`, reach by name, directly or through one
+    another. A definition that nothing of this reaches does not count.
 
     Returns: 64 hexadecimal digits, the same on every Python version and machine.
     Raises: FileNotFoundError when the checkout has no such chapter; SyntaxError for a cell that does not
