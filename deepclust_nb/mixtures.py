@@ -323,9 +323,7 @@ def dcn(
     Source: Yang, Fu, Sidiropoulos and Hong 2017 (DCN), section 3; DCN-New, which besides restarts k-means on
         all codes every ten epochs and at the end, which the paper does not have.
     """
-    _check(
-        model, x, update_interval=(1, update_interval), lam=(0, lam), lr=(0, lr), count_start=(1, count_start)
-    )
+    _check(model, x, update_interval=update_interval, lam=lam, lr=lr, count_start=count_start)
     loop = training.steps(
         len(x), batch_size, epochs, seed, iterations=iterations, precision=precision, title="DCN"
     )
