@@ -156,7 +156,7 @@ def vade_bound(mean, log_variance, z, mixture):
     Parameters: mean, log_variance: m and log v of q(z | x), (n, d); z: (n, d), the draw at which gamma =
         p(c | z) is taken; mixture: a Mixture, of pi, mu and s = sigma^2.
     Returns: (prior, assignment, entropy), (n,) each.
-    Source: Jiang, Zheng, Tan, Tang and Zhou 2017 (VaDE), section 3.2.
+    Source: Jiang, Zheng, Tan, Tang and Zhou 2017 (VaDE).
     """
     log_gamma = mixture.log_joint(z).log_softmax(dim=1)
     gamma, spread = log_gamma.exp(), mixture.log_variances.clamp(*LOG_VARIANCES)
@@ -169,12 +169,12 @@ def vade_bound(mean, log_variance, z, mixture):
 def running_mean(centroids, counts, z, labels):
     """Centroids after a batch, each the mean of all samples that it ever took: DCN's update in closed form.
 
-    Sample after sample the paper has c_k <- c_k + 1, m_k <- m_k - (m_k - z_i) / c_k. With c_k counted before
-    the batch and n_k samples in it this ends at (c_k m_k + sum of its z_i) / (c_k + n_k), in any order.
+    Sample after sample: c_k <- c_k + 1, then m_k <- m_k - (m_k - z_i) / c_k. From the count c_k before the
+    batch and n_k samples in it this ends at (c_k m_k + sum of its z_i) / (c_k + n_k), in any order.
 
     Parameters: centroids: (k, d); counts: (k,), above 0, samples taken before; z: (n, d); labels: (n,) int64.
     Returns: (centroids (k, d), counts (k,)) after; those that get no sample stay.
-    Source: Yang, Fu, Sidiropoulos and Hong 2017 (DCN), equation 8; DCN-New counts the sample first, as here.
+    Source: Yang, Fu, Sidiropoulos and Hong 2017 (DCN); DCN-New counts the sample before it moves, as here.
     """
     taken = F.one_hot(labels, len(centroids)).to(z.dtype)
     after = counts + taken.sum(dim=0)
@@ -320,8 +320,8 @@ def dcn(
     Yields: DCNState at step 0, every update_interval steps, and at the end. Its losses are "reconstruction"
         and "clustering", the squared norms.
     Raises: ValueError before training for a bad setting; training.CollapseError; FloatingPointError.
-    Source: Yang, Fu, Sidiropoulos and Hong 2017 (DCN), section 3; DCN-New, which besides restarts k-means on
-        all codes every ten epochs and at the end, which the paper does not have.
+    Source: Yang, Fu, Sidiropoulos and Hong 2017 (DCN); DCN-New, which besides runs k-means on all codes every
+        ten epochs and at the end: left out here.
     """
     _check(model, x, update_interval=update_interval, lam=lam, lr=lr, count_start=count_start)
     loop = training.steps(
