@@ -93,6 +93,31 @@ def to_float(x):
     raise TypeError(f"to_float takes uint8 images or float32 vectors, not {x.dtype}.")
 
 
+def cropped(x, margin, side):
+    """Images (n, c, h, w) uint8 without `margin` pixels at each edge, then resized to side x side, smoothed;
+    0 leaves them as they are. Returns uint8.
+    """
+    if margin:
+        x = x[..., margin:-margin, margin:-margin]
+    if side:
+        x = torch.nn.functional.interpolate(x.float(), (side, side), mode="bilinear", antialias=True)
+        x = x.round().byte()
+    return x
+
+
+def turned_and_shifted(images, degrees, shift):
+    """Float images (n, c, h, w), each turned by up to `degrees` and shifted by up to `shift` of its side, at
+    random, on their device; the edge pixels are repeated outwards. Built in the chapter `dynae`.
+    """
+    angle = torch.empty(len(images)).uniform_(-1, 1) * (torch.pi / 180 * degrees)
+    away = torch.empty(len(images), 2).uniform_(-2 * shift, 2 * shift)  # coordinates run from -1 to 1
+    rows = [torch.stack([angle.cos(), -angle.sin(), away[:, 0]], dim=1)]
+    rows += [torch.stack([angle.sin(), angle.cos(), away[:, 1]], dim=1)]
+    maps = torch.stack(rows, dim=1).to(images)
+    grid = torch.nn.functional.affine_grid(maps, list(images.shape), align_corners=False)
+    return torch.nn.functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
 def labelled_subset(y, n_labels, seed):
     """Choose which labels a semi-supervised method is given: the same number from each class.
 
