@@ -258,6 +258,7 @@ def dots(ax, groups, xlabel="ACC"):
                 ax.scatter(edge, height[~ok], s=40, transform=ax.get_yaxis_transform(), **failed)
     ax.set_yticks(range(len(groups)), groups)
     ax.set(xlabel=xlabel, ylim=(len(groups) - 0.5, -0.5))
+    ax.locator_params(axis="x", nbins=5)  # more labels would touch one another on a phone
     handles, labels = ax.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
     ax.legend(once.values(), once, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2, frameon=False)
