@@ -27,8 +27,10 @@ COSTLY = {
     "n_duplicates": 9,
 }
 COSTLY |= {"n_map": 120, "pretrain_iterations": 60}
+COSTLY |= {"dcn_epochs": 3, "vade_epochs": 3, "vae_epochs": 3, "gmm_starts": 12}
 SHORT = {"epochs": 2, "pretrain_epochs": 1, "iterations": 12, "update_interval": 4, "width": 2}
 SHORT |= {"n_features": 24, "n_map": 100, "batch_size": 64, "pretrain_iterations": 12, "interval": 4}
+SHORT |= {"dcn_epochs": 2, "vade_epochs": 2, "vae_epochs": 1, "gmm_starts": 3}
 SIZES = dict.fromkeys(data.SIZES, (400, 200))
 SHAPES = {"usps": (1, 16, 16), "svhn": (3, 32, 32)}
 

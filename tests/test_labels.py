@@ -58,6 +58,15 @@ TABLE = {
         | {"error", "borrowed_wrong"},
         "columns": {"curve": [1, 2], "labels": [0]},
     },
+    "vae": {
+        "classes": 10,
+        "parameters": dict(widths=[32, 32, 32], start="trained", likelihood="bernoulli", batch_size=16)
+        | dict(pretrain_epochs=1, gmm_starts=6, dcn_epochs=2, dcn_lr=0.01, vade_epochs=2, lr=0.01)
+        | dict(mixture_lr=0.01, interval=3, max_share=1.0),
+        "scores": SCORES | {"start_acc", "gmm_acc"},
+        "inside": {"looks": {"acc"}},  # of a record's dict: one of its entries
+        "columns": {"curve": [1]},
+    },
 }
 CHAPTERS = sorted(path.stem for path in chapter_file("foundations").parent.glob("*.ipynb"))
 
@@ -115,8 +124,9 @@ def done(chapter, load, picked=None, **more):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("accuracy", "purity", "nmi", "ari", "match", "confusion", "neighbour_accuracy"):
             patch.setattr(metrics, name, spy_of(getattr(metrics, name), scored))
-        patch.setattr(networks, "Autoencoder", functools.partial(networks.Autoencoder, widths=(40,)))
         table = TABLE[chapter]
+        if "widths" not in table["parameters"]:
+            patch.setattr(networks, "Autoencoder", functools.partial(networks.Autoencoder, widths=(40,)))
         namespace, seen = golden.run(chapter, load, double=False, picked=picked, **table["parameters"] | more)
     namespace["predicted"] = seen.predicted
     found = {"steps": seen.steps, "loops": seen.loops, "clock": seen.clock, "records": [], "arrays": []}
@@ -137,7 +147,10 @@ def done(chapter, load, picked=None, **more):
     found["fits"] = [fit if fit["kind"] != supervised else fit | {"y": None} for fit in seen.fits]
     for record in seen.records:
         left_out = table["scores"] | {"arrays"}
-        found["records"].append({key: value for key, value in record.items() if key not in left_out})
+        kept = {key: value for key, value in record.items() if key not in left_out}
+        for name in table.get("inside", {}).keys() & kept.keys():
+            kept[name] = {k: v for k, v in kept[name].items() if k not in table["inside"][name]}
+        found["records"].append(kept)
         arrays = {}
         for name, values in records.arrays(record).items():
             columns = values.reshape(len(values), -1).copy()
