@@ -903,6 +903,102 @@ def test_jpeg_images_show_what_the_exact_ones_show():
     assert -10 * torch.log10(error).median() > 29  # decibel
 
 
+# Cut, resized, turned, shifted
+
+
+@pytest.mark.parametrize(("margin", "side", "shape"), [(2, 16, 16), (0, 20, 20), (3, 0, 22), (1, 40, 40)])
+def test_images_are_cut_then_resized_as_pillow_would_and_as_dynae_does(margin, side, shape):
+    from PIL import Image
+
+    x = torch.cat([data.load("mnist_5k").x[:6], data.load("fashion_5k").x[:6]])
+    found, kept = data.cropped(x, margin, side), x.clone()
+    assert found.shape == (12, 1, shape, shape) and found.dtype == torch.uint8 and torch.equal(x, kept)
+    assert torch.equal(found, definitions("dynae").prepared(x, margin, side))
+    for image, own in zip(x[:, 0], found[:, 0], strict=True):
+        inside = image[margin : 28 - margin, margin : 28 - margin].numpy()
+        theirs = Image.fromarray(inside).resize((shape, shape), Image.BILINEAR)
+        assert np.abs(np.asarray(theirs).astype(int) - own.numpy()).max() <= 1
+
+
+def test_images_that_are_neither_cut_nor_resized_stay_as_they_are():
+    x = torch.randint(0, 256, (3, 3, 9, 11), dtype=torch.uint8)
+    assert data.cropped(x, 0, 0) is x
+    assert torch.equal(data.cropped(x, 2, 0), x[:, :, 2:7, 2:9])
+    assert data.cropped(x, 0, 8).shape == (3, 3, 8, 8)  # channels stay, sides become equal
+    light = torch.full((2, 1, 9, 9), 200, dtype=torch.uint8)
+    assert (data.cropped(light, 1, 5) == 200).all()
+    between = torch.tensor([[[[0, 3], [0, 3]]]], dtype=torch.uint8)  # 0, 0.75, 2.25 and 3 in between
+    assert data.cropped(between, 0, 4)[0, 0, 0].tolist() == [0, 1, 2, 3]  # rounded, not cut off
+
+
+def test_no_moves_change_nothing_and_moves_are_dynaes():
+    images = data.to_float(data.load("mnist_5k").x[:40])
+    kept = images.clone()
+    still = data.turned_and_shifted(images, degrees=0.0, shift=0.0)
+    torch.testing.assert_close(still, images, rtol=0, atol=1e-5)
+    assert still is not images and torch.equal(images, kept)
+    for degrees, shift in ((10.0, 0.1), (180.0, 0.0), (0.0, 0.4)):
+        torch.manual_seed(1)
+        theirs = definitions("dynae").slightly_moved(images, degrees, shift)
+        torch.manual_seed(1)
+        ours = data.turned_and_shifted(images, degrees, shift)
+        assert torch.equal(ours, theirs) and not torch.allclose(ours, images, atol=0.1)
+        assert ours.shape == images.shape and ours.dtype == torch.float32
+        assert not torch.equal(data.turned_and_shifted(images, degrees, shift), ours)  # anew each time
+
+
+def centre_of_light(images):
+    """Rows and columns from the middle to the centre of the light in each image, (n, 2), pixels."""
+    places = torch.stack(torch.meshgrid(*(torch.arange(n) for n in images.shape[-2:]), indexing="ij"))
+    middle = torch.tensor(images.shape[-2:])[:, None, None] / 2 - 0.5
+    light = images.sum(dim=1)[:, None]
+    return ((places - middle) * light).sum(dim=(2, 3)) / light.sum(dim=(2, 3))
+
+
+def test_shifts_fill_their_range_both_ways_in_both_directions():
+    torch.manual_seed(0)
+    images = torch.zeros(2000, 1, 20, 40)  # a share of the side: twice as many pixels across as down
+    images[:, :, 9:11, 19:21] = 1
+    away = centre_of_light(data.turned_and_shifted(images, degrees=0.0, shift=0.2)) / torch.tensor([20, 40])
+    assert (away.amax(dim=0) - 0.2).abs().max() < 0.003 and (away.amin(dim=0) + 0.2).abs().max() < 0.003
+    assert away.mean(dim=0).abs().max() < 0.01 and (away.std(dim=0) - 0.4 / 12**0.5).abs().max() < 0.005
+    assert torch.corrcoef(away.T)[0, 1].abs() < 0.08  # one has nothing to do with the other
+
+
+def test_angles_fill_their_range_both_ways():
+    torch.manual_seed(0)
+    images = torch.zeros(2000, 1, 41, 41)
+    images[:, :, 20, 32:34] = 1  # to the right of the middle by 12.5
+    turned = data.turned_and_shifted(images, degrees=30.0, shift=0.0)
+    down, right = centre_of_light(turned).T
+    angle = torch.atan2(down, right).rad2deg()
+    assert abs(angle.max() - 30) < 0.5 and abs(angle.min() + 30) < 0.5
+    assert angle.mean().abs() < 1.5 and abs(angle.std() - 60 / 12**0.5) < 0.6
+    assert (torch.hypot(down, right) - 12.5).abs().max() < 0.2  # about the middle, and no larger or smaller
+
+
+def test_the_edge_is_repeated_outwards():
+    torch.manual_seed(0)
+    flat = torch.full((50, 2, 8, 8), 0.7)
+    torch.testing.assert_close(data.turned_and_shifted(flat, degrees=180.0, shift=0.5), flat)
+    rows = torch.arange(8.0).expand(1, 1, 8, 8).repeat(50, 1, 1, 1)  # columns 0 to 7
+    moved = data.turned_and_shifted(rows, degrees=0.0, shift=0.3)
+    for image in moved[:, 0]:
+        assert image.min() >= 0 and image.max() <= 7
+        step = (image[0, 4] - 4).item()  # what stands in the middle came from so far to the right
+        expected = (torch.arange(8.0) + step).clamp(0, 7)
+        torch.testing.assert_close(image, expected.expand(8, 8), rtol=0, atol=1e-4)
+
+
+def test_each_image_is_moved_on_its_own_with_all_its_channels():
+    torch.manual_seed(0)
+    images = data.to_float(data.load("mnist_5k").x[:1]).expand(6, 3, -1, -1)
+    moved = data.turned_and_shifted(images, degrees=10.0, shift=0.1)
+    assert torch.equal(moved[:, 0], moved[:, 1]) and torch.equal(moved[:, 0], moved[:, 2])
+    assert len(torch.unique(moved[:, 0].flatten(1), dim=0)) == 6
+    assert data.turned_and_shifted(images.double(), 10.0, 0.1).dtype == torch.float64
+
+
 # trained starts
 
 
