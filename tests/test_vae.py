@@ -13,7 +13,7 @@ import pytest
 import torch
 from loader import chapter_file, definitions
 
-from deepclust_nb import baselines, checks, data, metrics, mixtures, training
+from deepclust_nb import baselines, checks, data, metrics, mixtures, records, training
 
 CHAPTER = "vae"
 # On 88 images of three classes. No setting has its default's value, so that each must be passed on to count;
@@ -312,7 +312,8 @@ def test_both_start_from_the_pretrained_network_and_dcn_leaves_vades_alone(whole
     ends = (pretrained, z), (namespace["model"], namespace["vade"].embedding)
     for model, codes in (*ends, (namespace["dcn_model"], namespace["dcn"].embedding)):
         torch.testing.assert_close(model.encode(pixels).detach(), codes)
-    fitted = namespace["fitted"]
+    likelihoods = namespace["by_gmm"]["gmm_likelihood"]
+    _, fitted = baselines.gmm(z, 6, 1000 + likelihoods.index(max(likelihoods)), n_init=1)
     torch.testing.assert_close(bells.means.detach(), torch.as_tensor(fitted.means_))
     torch.testing.assert_close(
         bells.log_variances.detach(), torch.as_tensor(fitted.covariances_).log().clamp(-8, 8)
@@ -354,6 +355,7 @@ def test_the_loops_are_set_by_the_parameters_cell(whole):
     ]
     sizes = [sum(w.numel() for w in namespace[name].parameters()) for name in ("model", "mixture")]
     assert seen.loops[-1]["weights"] == sizes
+    assert [loop["weights"] for loop in seen.loops[:2]] == [sizes[:1]] * 2  # encoder and decoder and all
     dcn, vade = seen.steps[8:20], seen.steps[20:]
     assert [step["batch"] for step in dcn] == [step["batch"] for step in vade[:12]]
     for step in dcn:
@@ -366,6 +368,39 @@ def test_the_loops_are_set_by_the_parameters_cell(whole):
     rates = [step["lr"] for step in vade]
     for start, column in zip((0.004, 0.03), zip(*rates, strict=True), strict=True):
         assert column == pytest.approx([start * (1 + np.cos(np.pi * i / 16)) / 2 for i in range(16)])
+
+
+def test_each_record_tells_its_own_run():
+    namespace, _ = golden.run(CHAPTER, **TINY)  # seed 0, which alone keeps arrays
+    ends = ("dcn", ("reconstruction", "clustering")), ("vade", mixtures.VADE_TERMS)
+    for (name, terms), trace in zip(ends, (namespace["dcn_trace"], namespace["trace"]), strict=True):
+        record, state = namespace[f"by_{name}"], namespace[name]
+        assert record["steps"] == state.iteration == trace[-1]["iteration"]
+        for key in ("iteration", "acc", "changed", "largest"):
+            assert record["looks"][key] == [round(row[key], 4) for row in trace]
+        for key in terms:
+            assert record[key] == pytest.approx(trace[-1][key], abs=1e-3) == state.losses[key]
+        kept = records.arrays(record)
+        np.testing.assert_allclose(kept["code"], state.embedding, rtol=2e-3, atol=1e-3)
+        np.testing.assert_allclose(kept["code_first"], namespace["z"], rtol=2e-3, atol=1e-3)
+        assert kept["labels"].tolist() == state.labels.tolist() and len(kept["curve"]) == len(trace)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factor"),
+    [
+        ("constant", lambda n: 1.0),
+        ("cosine", lambda n: (1 + np.cos(np.pi * n / 22)) / 2),
+        ("steps", lambda n: 0.9 if n >= 20 else 1.0),  # of two batches a pass, after ten passes
+    ],
+)
+def test_the_schedule_moves_both_rates_of_vade_and_no_other(schedule, factor):
+    few = dict(pretrain_epochs=1, dcn_epochs=1, vade_epochs=11, batch_size=44, gmm_starts=1)
+    _, seen = golden.run(CHAPTER, **TINY | few | dict(schedule=schedule))
+    rates = [step["lr"] for step in seen.steps]
+    assert rates[:4] == [[0.003]] * 2 + [[0.002]] * 2 and len(rates) == 4 + 22
+    for n, pair in enumerate(rates[4:]):
+        assert pair == pytest.approx([0.004 * factor(n), 0.03 * factor(n)])
 
 
 @pytest.mark.parametrize(
