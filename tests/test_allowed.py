@@ -28,9 +28,11 @@ COSTLY = {
 }
 COSTLY |= {"n_map": 120, "pretrain_iterations": 60}
 COSTLY |= {"dcn_epochs": 3, "vade_epochs": 3, "vae_epochs": 3, "gmm_starts": 12}
+COSTLY |= {"start_epochs": 3, "warm_epochs": 3}
 SHORT = {"epochs": 2, "pretrain_epochs": 1, "iterations": 12, "update_interval": 4, "width": 2}
 SHORT |= {"n_features": 24, "n_map": 100, "batch_size": 64, "pretrain_iterations": 12, "interval": 4}
 SHORT |= {"dcn_epochs": 2, "vade_epochs": 2, "vae_epochs": 1, "gmm_starts": 3}
+SHORT |= {"start_epochs": 1, "warm_epochs": 2, "expert_widths": [16, 16]}
 SIZES = dict.fromkeys(data.SIZES, (400, 200))
 SHAPES = {"usps": (1, 16, 16), "svhn": (3, 32, 32)}
 
