@@ -536,10 +536,10 @@ def test_the_rate_falls_over_warm_up_and_competition_together(whole):
 
 def test_agreement_by_hand(kdvae):
     judge = types.SimpleNamespace(predict=lambda x: x[:, 0].astype(int))
-    y = np.array([0, 0, 1, 2, 2, 2, 1])
-    labels = np.array([1, 1, 1, 0, 0, 2, 2])  # majority: 2 for cluster 0, 0 for 1, 1 (the first) for 2
+    y = np.array([1, 1, 0, 2, 2, 2, 1])
+    labels = np.array([1, 1, 1, 0, 0, 2, 2])  # majority: 2 for cluster 0, 1 for 1, 1 (the first) for 2
     drawn = torch.tensor([[2, 2, 0, 2], [0, 1, 0, 2], [1, 1, 1, 2.0]])[:, :, None]
-    assert kdvae.agreement(judge, drawn, labels, y) == (3 + 2 + 3) / 12
+    assert kdvae.agreement(judge, drawn, labels, y) == (3 + 1 + 3) / 12
 
 
 def test_a_cluster_without_images_has_no_class_to_be_read_as(kdvae):
@@ -797,12 +797,22 @@ def test_drawn_and_rebuilt_are_measured_on_each_methods_own(whole, monkeypatch):
         assert record["drawn"] == pytest.approx(right.mean(), abs=1e-4)
 
 
-def test_both_kinds_of_experts_start_from_the_same_weights(whole, monkeypatch):
+def test_both_kinds_of_experts_start_from_the_same_weights(whole):
     namespace, _ = whole
     first, second = namespace["new_experts"](), namespace["new_experts"]()
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert first.encoder.weights[0].shape == (6, 256, 16)
     assert [namespace["settings"][name] for name in ("seed", "batch_size", "lr")] == [1, 44, 0.004]
+
+
+def test_k_dae_has_neither_divergence_nor_noise_in_the_run(whole, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    namespace, seen = whole
+    plain, experts = seen.steps[10], seen.steps[20]  # from the same weights, on the same images
+    assert plain["batch"] == experts["batch"] and plain["bound"] > experts["bound"] + 5
+    for model, state, kl in (("plain", "kdae", False), ("model", "kdvae_end", True)):
+        labels, _ = namespace["assigned"](namespace[model], namespace["x"], kl=kl)
+        assert np.array_equal(labels, namespace[state].labels)
 
 
 def test_weights_and_every_start_follow_the_seed():
