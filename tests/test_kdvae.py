@@ -922,14 +922,14 @@ def test_fewer_images_than_clusters_are_refused():
         ({"start": "vade", "vade_epochs": 0}, "start vade needs vade_epochs of at least 1"),
         (
             {"start": "augmented", "dataset": "har_standin", "likelihood": "gaussian"},
-            "start augmented moves images: choose vade or autoencoder for vectors",
+            "vectors cannot be moved and are no coins: choose start vade",
         ),
         (
             {"start": "augmented", "dataset": "reuters_r8", "likelihood": "gaussian"},
-            "start augmented moves images",
+            "vectors cannot be moved",
         ),
         ({"start": "vade", "dataset": "har_standin"}, "likelihood bernoulli is for pixels in"),
-        ({"start": "vade", "dataset": "reuters_r8"}, "choose gaussian for vectors"),
+        ({"start": "vade", "dataset": "reuters_r8"}, "vectors cannot be moved and are no coins"),
         ({"profile": "fast"}, "profile must be one of 'quick', 'laptop', 'paper'"),
         ({"dataset": "mnist_6k"}, "dataset must be one of"),
         ({"seed": 1.0}, "seed must be an int between 0 and"),
