@@ -30,7 +30,7 @@ from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
-from deepclust_nb import baselines, checks, data, records, training
+from deepclust_nb import baselines, checks, data, metrics, records, training
 
 FOLDER = Path(__file__).parent / "golden"
 DECIDING = {"parameters", "check", "definition", "run"}
@@ -203,6 +203,24 @@ def run(chapter, load=None, tags=DECIDING, double=True, picked=None, tiny=True, 
                     raise KeyError(f"{chapter} has no parameter {min(unknown)}")
                 namespace |= parameters
     return namespace, seen
+
+
+def checked(chapter, tiny=False, **parameters):
+    """The parameters of a run, as the chapter's own check gives them back, before anything is loaded."""
+    tags = {"definition", "parameters", "check"}
+    return run(chapter, tags=tags, tiny=tiny, **parameters)[0]["parameters"]
+
+
+def assert_scored(seen, y, n=88):
+    """Each record of a run holds the scores of the labels that its method predicted, against classes y, and
+    says that all n images were loaded, trained on and scored.
+    """
+    for record in seen.records:
+        labels = seen.predicted[record["method"]]
+        for name in ("acc", "purity", "nmi", "ari"):
+            score = getattr(metrics, "accuracy" if name == "acc" else name)(y, labels)
+            assert record[name] == pytest.approx(score, abs=1e-6)
+        assert (record["trained_on"], record["scored_on"], record["n"]) == ("all", "all", n)
 
 
 def plain(value):

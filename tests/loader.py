@@ -38,6 +38,14 @@ def definitions(chapter):
     return module
 
 
+def cell_with(chapter, text):
+    """The source of the one code cell of a chapter that holds a text."""
+    cells = json.loads(chapter_file(chapter).read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    (source,) = (source for source in sources if text in source)
+    return source
+
+
 def notebook(cells, path):
     """Write a notebook: cells is a list of (source, tag or None, outputs or None)."""
     python = {"name": "python3", "display_name": "Python 3", "language": "python"}

@@ -1,6 +1,7 @@
 """The chapter `dynae`: its definitions against brute force, closed forms and simulation."""
 
 import copy
+import functools
 import itertools
 import math
 
@@ -14,13 +15,9 @@ from loader import definitions
 from deepclust_nb import baselines, checks, data, metrics, networks, training
 
 CHAPTER = "dynae"
+checked = functools.partial(golden.checked, CHAPTER)
 TINY = dict(widths=[32, 32, 32], start="trained", batch_size=16, pretrain_iterations=6, iterations=9)
 TINY |= dict(interval=3, n_clusters=3, kappa=1.2, tol=0.0, max_share=1.0, lr=0.05)
-
-
-def checked(**parameters):
-    """The parameters of a run, as the chapter's own check gives them back, before anything is loaded."""
-    return golden.run(CHAPTER, tags={"definition", "parameters", "check"}, **parameters)[0]["parameters"]
 
 
 def case(n_train=48, n_test=40, **parameters):
@@ -593,7 +590,7 @@ def test_what_a_large_set_cannot_have_is_left_out(dynae):
 )
 def test_wrong_parameters_are_refused_before_training(changed, sentence):
     with pytest.raises(ValueError, match=sentence):
-        golden.run(CHAPTER, tags={"definition", "parameters", "check"}, tiny=False, **changed)
+        checked(**changed)
 
 
 def test_a_very_large_weight_of_the_code_term_ends_in_an_infinite_loss():
@@ -607,8 +604,8 @@ def test_a_very_large_weight_of_the_code_term_ends_in_an_infinite_loss():
 def test_a_torch_that_forgets_gradients_is_refused_in_bfloat16(monkeypatch):
     monkeypatch.setattr(checks, "keeps_gradients", lambda precision: precision == "float32")
     with pytest.raises(ValueError, match="forgets gradients in bfloat16"):
-        golden.run(CHAPTER, tags={"definition", "parameters", "check"}, tiny=False, precision="auto")
-    golden.run(CHAPTER, tags={"definition", "parameters", "check"}, tiny=False, precision="float32")
+        checked(precision="auto")
+    checked(precision="float32")
 
 
 @pytest.mark.parametrize("name", GOLDEN)

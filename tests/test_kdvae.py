@@ -1,5 +1,6 @@
 """The chapter `kdvae`: experts that compete for images, and the runs, records and refusals of the chapter."""
 
+import functools
 import inspect
 import itertools
 import json
@@ -10,25 +11,20 @@ import golden
 import numpy as np
 import pytest
 import torch
-from loader import chapter_file, definitions
+from loader import cell_with, chapter_file, definitions
 from sklearn.neighbors import KNeighborsClassifier
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
 from deepclust_nb import baselines, checks, data, metrics, mixtures, training
 
 CHAPTER = "kdvae"
+checked = functools.partial(golden.checked, CHAPTER)
 TINY = dict(start="autoencoder", start_widths=[32, 32, 32], expert_widths=[16, 16], n_clusters=3)
 TINY |= dict(batch_size=22, vade_epochs=1, warm_epochs=2, epochs=2, max_share=1.0)
 # Six clusters of 88 images: mixtures differ between starts, so the likeliest is not a matter of rounding.
 SIX = TINY | dict(n_clusters=6, batch_size=44, lr=0.004)
 SHIPPED = SIX | dict(start="shipped", start_widths=[300, 300, 300])
 COLD = dict(warm_epochs=0, epochs=3, expert_widths=[250, 50])
-
-
-def checked(**parameters):
-    """The parameters of a run, as the chapter's own check gives them back, before anything is loaded."""
-    tags = {"definition", "parameters", "check"}
-    return golden.run(CHAPTER, tags=tags, tiny=False, **parameters)[0]["parameters"]
 
 
 def case(**parameters):
@@ -653,13 +649,8 @@ def test_every_method_is_recorded_k_dvae_last(whole):
     namespace, seen = whole
     names = ["AE+k-means", "AE+GMM", "VaDE", "k-DAE", "k-DVAE"]
     assert [record["method"] for record in seen.records] == [f"{n} (autoencoder start)" for n in names]
-    y = namespace["y"]
+    golden.assert_scored(seen, namespace["y"])
     for record in seen.records:
-        labels = seen.predicted[record["method"]]
-        for name in ("acc", "purity", "nmi", "ari"):
-            score = getattr(metrics, "accuracy" if name == "acc" else name)(y, labels)
-            assert record[name] == pytest.approx(score, abs=1e-6)
-        assert (record["trained_on"], record["scored_on"], record["n"]) == ("all", "all", 88)
         assert record["chapter"] == CHAPTER and record["seed"] == 1
         assert record["parameters"] == namespace["parameters"]
     ends = {"VaDE": "vade", "k-DAE": "kdae", "k-DVAE": "kdvae_end"}
@@ -867,14 +858,6 @@ def test_images_keep_their_range_and_vectors_have_none(whole):
     assert namespace["vade_model"].likelihood == namespace["model"].likelihood == "gaussian"
 
 
-def run_cell(marker):
-    """The source of the one cell that holds a text."""
-    cells = json.loads(chapter_file(CHAPTER).read_text(encoding="utf-8"))["cells"]
-    sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
-    (source,) = (source for source in sources if marker in source)
-    return source
-
-
 def loaded(n, **parameters):
     """What the cell that loads leaves behind, on n stand-in images that are told apart."""
     numbers = torch.arange(n)
@@ -884,7 +867,7 @@ def loaded(n, **parameters):
     namespace["data"].load = lambda name: many
     namespace["data"].cropped = lambda x, margin, side: x if (margin, side) == (3, 9) else None
     namespace |= parameters
-    exec(run_cell("data.load(dataset)"), namespace)
+    exec(cell_with(CHAPTER, "data.load(dataset)"), namespace)
     return namespace
 
 

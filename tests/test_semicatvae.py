@@ -1,6 +1,7 @@
 """The chapter `semicatvae`: its definitions against brute force, closed forms and scikit-learn."""
 
 import copy
+import functools
 import math
 
 import golden
@@ -19,16 +20,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from deepclust_nb import data, training
 
 CHAPTER = "semicatvae"
+checked = functools.partial(golden.checked, CHAPTER, tiny=True)
 SETTINGS = dict(weights=(1.0, 1.0, 5.0, 1.0), alpha=0.6, temperature=1.0, noisy=True, assignment="bounded")
 SETTINGS |= dict(assigner="nearest", lender_gradient=True)
 # With few features or a fast rate codes become equal up to rounding, and the processor chooses who lends.
 TINY = dict(width=2, n_features=40, epochs=3, batch_size=15, lr=0.0005, n_labels=6, n_map=100, n_looks=3)
 PRINTED = dict(moves="none", schedule="halved")
-
-
-def checked(**parameters):
-    """The parameters of a run, as the chapter's own check gives them back, before anything is loaded."""
-    return golden.run(CHAPTER, tags={"definition", "parameters", "check"}, **parameters)[0]["parameters"]
 
 
 def untied(cdist):

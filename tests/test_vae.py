@@ -1,6 +1,7 @@
 """The chapter `vae`: what it shows is what the helper runs, and DCN and VaDE are set going as it says."""
 
 import ast
+import functools
 import inspect
 import itertools
 import json
@@ -11,11 +12,12 @@ import golden
 import numpy as np
 import pytest
 import torch
-from loader import chapter_file, definitions
+from loader import cell_with, chapter_file, definitions
 
 from deepclust_nb import baselines, checks, data, metrics, mixtures, records, training
 
 CHAPTER = "vae"
+checked = functools.partial(golden.checked, CHAPTER)
 # On 88 images of three classes. No setting has its default's value, so that each must be passed on to count;
 # six clusters, so that mixtures differ between starts and the likeliest is not a matter of rounding.
 TINY = dict(start="trained", widths=[32, 32, 32], n_clusters=6, batch_size=22, pretrain_epochs=2)
@@ -24,12 +26,6 @@ TINY |= dict(reconstruction_weight=3.0, lr=0.004, mixture_lr=0.03, interval=5, m
 # VaDE's own schedule moves after ten passes
 PUBLISHED = dict(likelihood="bernoulli", degrees=0.0, shift=0.0, schedule="steps", margin=0, side=0)
 PUBLISHED |= dict(reconstruction_weight=1.0, mixture_lr=0.001, vade_epochs=11, batch_size=44, seed=3)
-
-
-def checked(**parameters):
-    """The parameters of a run, as the chapter's own check gives them back, before anything is loaded."""
-    tags = {"definition", "parameters", "check"}
-    return golden.run(CHAPTER, tags=tags, tiny=False, **parameters)[0]["parameters"]
 
 
 def case(**parameters):
@@ -254,12 +250,8 @@ def test_every_method_is_scored_on_the_labels_of_its_own_images():
     assert namespace["x"].shape == (70, 1, 16, 16) and namespace["y"].tolist() == load.y[order].tolist()
     names = [f"{method} (augmented)" for method in ("AE+k-means", "AE+GMM", "DCN", "VaDE")]
     assert [record["method"] for record in seen.records] == names
+    golden.assert_scored(seen, load.y[order])
     for record in seen.records:
-        labels = seen.predicted[record["method"]]
-        for name in ("acc", "purity", "nmi", "ari"):
-            score = getattr(metrics, "accuracy" if name == "acc" else name)(load.y[order], labels)
-            assert record[name] == pytest.approx(score, abs=1e-6)
-        assert (record["trained_on"], record["scored_on"], record["n"]) == ("all", "all", 88)
         assert record["n_scored"] == 70 and record["chapter"] == CHAPTER and record["seed"] == 5
         assert record["parameters"] == namespace["parameters"]
     assert np.array_equal(namespace["dcn"].labels, seen.predicted["DCN (augmented)"])
@@ -485,14 +477,6 @@ def test_the_precision_reaches_every_pass(monkeypatch):
     assert {record["precision"] for record in seen.records} == {"bfloat16"}
 
 
-def run_cell(marker):
-    """The source of the one cell that holds a text."""
-    cells = json.loads(chapter_file(CHAPTER).read_text(encoding="utf-8"))["cells"]
-    sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
-    (source,) = (source for source in sources if marker in source)
-    return source
-
-
 def loaded(n, **parameters):
     """What the cell that loads leaves behind, on n stand-in images that are told apart."""
     numbers = torch.arange(n)
@@ -501,7 +485,7 @@ def loaded(n, **parameters):
     namespace |= dict(margin=0, side=0, n_clusters=10, data=types.SimpleNamespace())
     namespace["data"].load, namespace["data"].cropped = lambda name: many, lambda x, margin, side: x
     namespace |= parameters
-    exec(run_cell("data.load(dataset)"), namespace)
+    exec(cell_with(CHAPTER, "data.load(dataset)"), namespace)
     return namespace
 
 

@@ -19,8 +19,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from deepclust_nb.digest import COMPUTING
+
 ROOT = Path(__file__).resolve().parents[2]
-COMPUTING = {"data", "metrics", "networks", "training", "baselines", "mixtures"}
 SLOW = {"house", "sweep", "exercises", "mutants"}  # not asked about bugs in what computes
 # Fall to any edit, so they prove nothing.
 ANY_EDIT = "not stored_outputs_are_of_current_code and not readme_shows_the_records"
