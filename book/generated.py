@@ -37,11 +37,8 @@ def _reported(chapter, method, dataset, metric="acc"):
     """What the papers reported for this method, under exactly this name, on this data set, or a dash."""
     from deepclust_nb import results
 
-    wanted = (method, dataset, metric)
-    values = [
-        r["value"] for r in results.paper(chapter) if (r["method"], r["dataset"], r["metric"]) == wanted
-    ]
-    return f"{values[0]:.3f}" if values else "–"
+    row = results.reported(chapter, method=method, dataset=dataset, metric=metric)
+    return f"{row['value']:.3f}" if row else "–"
 
 
 def _title(name):

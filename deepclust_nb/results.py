@@ -114,6 +114,21 @@ def paper(chapter):
     ]
 
 
+def reported(chapter, **wanted):
+    """The first row of `paper` with these columns, or None.
+
+    Parameters: wanted: column -> its text; of the protocol the beginning is enough.
+    """
+
+    def fits(row):
+        return all(
+            row[name].startswith(text) if name == "protocol" else row[name] == text
+            for name, text in wanted.items()
+        )
+
+    return next(filter(fits, paper(chapter)), None)
+
+
 def fact(key):
     """A single number from the literature (float); its source stands beside it in data/papers/facts.csv.
 

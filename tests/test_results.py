@@ -256,3 +256,14 @@ def test_claims_stand_beside_their_rule_and_verdict(shown):
         "| it helps | higher | partly: 2 of 3 runs |",
         "| it hurts | lower | not run |",
     ]
+
+
+def test_the_row_that_a_page_asks_for_is_the_first_that_fits():
+    row = results.reported("vae", method="VaDE", dataset="mnist", metric="acc", protocol="twenty seeds")
+    assert (row["value"], row["std"]) == (0.7158, 0.0443)
+    several = [r for r in results.paper("vae") if (r["method"], r["dataset"]) == ("VaDE", "mnist")]
+    assert len(several) > 3 and results.reported("vae", method="VaDE", dataset="mnist") == several[0]
+    assert results.reported("vae", method="VaDE", protocol="seeds") is None  # not how a protocol begins
+    assert results.reported("vae", method="VaD") is None and results.reported("vae", method="IMSAT") is None
+    with pytest.raises(KeyError):
+        results.reported("vae", methods="VaDE")
