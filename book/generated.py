@@ -16,6 +16,7 @@ PROFILES = ("paper", "laptop", "quick")
 FRONT = {
     "headline": ("", {}),
     "semicatvae_as_printed": ("", {}),
+    "kdvae_mnist": ("", {}),
     "dynae_paper_starts": (" (no adversary)", {"adversary": "none"}),
 }
 
@@ -23,6 +24,8 @@ FRONT = {
 def _spread(values):
     """'0.912 (0.830 to 0.964, 5 seeds)' for the given list of shares."""
     values = sorted(float(value) for value in values)
+    if not values:
+        return "–"
     if len(values) == 1:
         return f"{values[0]:.3f} (1 seed)"
     return f"{sum(values) / len(values):.3f} ({values[0]:.3f} to {values[-1]:.3f}, {len(values)} seeds)"

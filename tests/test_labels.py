@@ -18,6 +18,7 @@ from deepclust_nb import metrics, networks, records
 
 SCORES = {"acc", "purity", "nmi", "ari"}
 # So little data and training that starts, steps and answers differ: a choice by score shows.
+SHARES = {"macro", "micro", "cosine", "euclid", "output", "pixels"}  # of neighbours, by code
 TABLE = {
     "foundations": {
         "classes": 10,
@@ -74,6 +75,15 @@ TABLE = {
         # a judge of real images reads the drawn ones: fitted with labels, it serves this score alone
         "scores": SCORES | {"start_acc", "drawn"},
         "inside": {"looks": {"acc"}},
+    },
+    "acvae": {
+        "classes": 10,
+        "parameters": dict(dataset="mnist_5k", width=4, n_latent=6, n_output=5, iterations=4, batch_size=22)
+        | dict(flip=False, lr=0.01, kl_weight=0.05),
+        "scores": SCORES | {"neighbour_accuracy_10", "neighbour_accuracy_100", "nearest"},
+        # sizes, widths and the thetas that were chosen must not follow the labels; shares of a class do
+        "inside": {f"at_{name}": SHARES for name in ("10", "100", "theta")}
+        | {"insight": {"class"}, "alphas": {"macro_10", "macro_100"}, "thetas": {"macro", "micro"}},
     },
 }
 CHAPTERS = sorted(path.stem for path in chapter_file("foundations").parent.glob("*.ipynb"))
@@ -133,7 +143,7 @@ def done(chapter, load, picked=None, **more):
         for name in ("accuracy", "purity", "nmi", "ari", "match", "confusion", "neighbour_accuracy"):
             patch.setattr(metrics, name, spy_of(getattr(metrics, name), scored))
         table = TABLE[chapter]
-        if not {"widths", "start_widths"} & set(table["parameters"]):
+        if not {"widths", "start_widths", "n_latent"} & set(table["parameters"]):
             patch.setattr(networks, "Autoencoder", functools.partial(networks.Autoencoder, widths=(40,)))
         namespace, seen = golden.run(chapter, load, double=False, picked=picked, **table["parameters"] | more)
     namespace["predicted"] = seen.predicted
