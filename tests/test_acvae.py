@@ -20,14 +20,16 @@ from deepclust_nb import baselines, checks, data, mixtures, training
 CHAPTER = "acvae"
 checked = functools.partial(golden.checked, CHAPTER)
 TINY = dict(dataset="mnist_5k", width=4, n_latent=6, n_output=5, iterations=5, batch_size=22, n_clusters=3)
-TINY |= dict(flip=False, lr=0.01, kl_weight=0.05)
+# a hundred neighbours ask for more images than a golden run usually has
+digits = functools.partial(golden.digits, n_train=130, n_test=110)
+TINY |= dict(flip=False, lr=0.01, kl_weight=0.05, theta=0.2)
 
 
 def case(**parameters):
     """A function to the numbers of one run, how the losses fell among them."""
 
     def summary():
-        namespace, seen = golden.run(CHAPTER, **TINY | parameters)
+        namespace, seen = golden.run(CHAPTER, digits(), **TINY | parameters)
         return golden.summary(namespace, seen) | {"found": golden.plain(namespace["found"])}
 
     return summary
@@ -54,7 +56,7 @@ def acvae():
 @pytest.fixture(scope="module")
 def whole():
     """A run, and what was seen."""
-    return golden.run(CHAPTER, **TINY | dict(seed=1))
+    return golden.run(CHAPTER, digits(), **TINY | dict(seed=1))
 
 
 def codes(n=40, p=7, seed=0):
@@ -503,9 +505,32 @@ def test_tallies_are_those_of_pairs(acvae, chunk):
     assert (sizes[:, 0] == 39).all()  # all but the anchor
 
 
-def test_the_size_nearest_to_the_target_is_taken(acvae):
-    sizes = torch.tensor([[9, 6, 3, 0], [9, 4, 1, 0]])
-    assert [acvae.least_for(sizes, target) for target in (9, 6, 4, 3, 0.4)] == [0, 1, 1, 2, 3]
+@pytest.mark.parametrize(("theta", "least"), [(0.0, 7), (0.1, 7), (1 / 7, 6), (2 / 7, 5), (0.3, 5), (1.0, 0)])
+def test_so_many_dimensions_are_needed(acvae, theta, least):
+    assert acvae.needed(theta, 7) == least
+    assert [acvae.needed(0.1, p) for p in (10, 128, 512)] == [9, 116, 461]
+
+
+@pytest.mark.parametrize(("theta", "target"), [(0.0, 3), (0.3, 10), (0.5, 30)])
+def test_a_range_is_found_for_a_mean_size(acvae, theta, target):
+    mean, width, y = codes(60)
+    anchors = torch.arange(5, 55)
+    alpha = acvae.range_for(mean, width, anchors, theta, target)
+    least = acvae.needed(theta, 7)
+
+    def size(alpha):
+        return (brute_counts(mean, width, anchors, alpha) >= least).sum().item() / 50
+
+    assert size(alpha - 0.02) <= target <= size(alpha + 0.02)
+    assert size(alpha) == pytest.approx(target, abs=0.3)
+    assert 0 < alpha < 16
+
+
+@pytest.mark.parametrize("target", [0, 40, 41])
+def test_more_neighbours_than_points_are_refused(acvae, target):
+    mean, width, _ = codes()
+    with pytest.raises(ValueError, match=f"40 points have no {target} neighbours each"):
+        acvae.range_for(mean, width, torch.arange(5), 0.1, target)
 
 
 def test_what_sets_are_worth_by_hand(acvae):
@@ -662,30 +687,30 @@ def test_every_way_to_clusters_is_recorded_ac_vae_last(whole):
     assert np.array_equal(seen.predicted["AC-VAE, 20 nearest"], namespace["of_nearest"])
 
 
-def test_a_records_sets_are_those_of_the_run(whole, acvae):
+def test_a_records_sets_are_those_of_the_run(whole):
     namespace, seen = whole
     mean, width, y = namespace["means"], namespace["widths"], namespace["y"]
-    counts = brute_counts(mean, width, torch.arange(len(y)), 2.0)
     own, ours = y == y[:, None], seen.records[-1]
-    for name in ("10", "theta"):
+    for name in ("10", "100", "alpha"):
         told = ours[f"at_{name}"]
-        least = round((1 - told["theta"]) * 6)
-        within = counts >= least
+        exact = namespace["found"][name]["alpha"]
+        assert told["alpha"] == pytest.approx(exact, abs=1e-4)
+        within = brute_counts(mean, width, torch.arange(len(y)), exact) >= 5  # of six a fifth may miss
         size, hit = within.sum(dim=1), (within & own).sum(dim=1)
         assert told["size"] == pytest.approx(size.double().mean().item(), abs=1e-3)
         assert told["micro"] == pytest.approx((hit.sum() / size.sum()).item(), abs=1e-3)
         assert told["macro"] == pytest.approx((hit / size.clamp(min=1)).double().mean().item(), abs=1e-3)
         assert told["empty"] == pytest.approx((size == 0).double().mean().item(), abs=1e-3)
-    assert ours["at_theta"]["theta"] == pytest.approx(0)  # of six dimensions a tenth is none
-    sizes = [(counts >= t).sum(dim=1).double().mean().item() for t in range(7)]
-    assert abs(ours["at_10"]["size"] - 10) == pytest.approx(min(abs(s - 10) for s in sizes), abs=1e-3)
+    assert ours["at_alpha"]["alpha"] == 2.0
+    assert ours["at_10"]["size"] == pytest.approx(10, abs=1.5)
+    assert ours["at_100"]["size"] == pytest.approx(100, abs=4)
 
 
 def test_rivals_are_at_equal_size_and_at_each_anchors_own(whole):
     namespace, seen = whole
     y, told = namespace["y"], seen.records[-1]["at_10"]
-    t = round((1 - told["theta"]) * 6)
-    size, k = namespace["sizes"][:, t], max(1, round(told["size"]))
+    size, k = namespace["tables"]["10"][0][:, 5], max(1, round(told["size"]))
+    assert size.unique().numel() > 5
     rivals = {"cosine": F.normalize(namespace["means"], dim=1), "euclid": namespace["means"]}
     rivals |= {"output": namespace["outputs"], "pixels": data.to_float(namespace["x"]).flatten(1)}
     for name, code in rivals.items():
@@ -697,7 +722,7 @@ def test_rivals_are_at_equal_size_and_at_each_anchors_own(whole):
 
 
 def test_pixels_are_scored_at_ten_and_a_hundred():
-    namespace, seen = golden.run(CHAPTER, golden.digits(n_train=160), **TINY)
+    namespace, seen = golden.run(CHAPTER, digits(), **TINY)
     x, y = data.to_float(namespace["x"]).flatten(1), namespace["y"]
     distance = torch.cdist(x, x).fill_diagonal_(torch.inf)
     near = y[distance.argsort(dim=1)] == y[:, None]
@@ -707,13 +732,13 @@ def test_pixels_are_scored_at_ten_and_a_hundred():
 
 
 def test_train_and_test_are_scored_apart():
-    namespace, seen = golden.run(CHAPTER, double=False, **TINY | dict(split="train"))
+    namespace, seen = golden.run(CHAPTER, digits(), double=False, **TINY | dict(split="train"))
     ours = seen.records[-1]
-    assert ours["trained_on"] == ours["scored_on"] == "train" and ours["n_scored"] == 48
-    test = golden.digits()("mnist_5k", "test")
+    assert ours["trained_on"] == ours["scored_on"] == "train" and ours["n_scored"] == 130
+    test = digits()("mnist_5k", "test")
     means, widths, _ = namespace["encoded"](namespace["model"], test.x)
-    least = round((1 - ours["test_10"]["theta"]) * 6)
-    within = brute_counts(means, widths, torch.arange(40), 2.0) >= least
+    within = brute_counts(means, widths, torch.arange(110), namespace["on_test"]["10"]["alpha"]) >= 5
+    assert ours["test_10"]["size"] == pytest.approx(10, abs=1.5)
     own = test.y == test.y[:, None]
     share = ((within & own).sum(dim=1) / within.sum(dim=1).clamp(min=1)).double().mean().item()
     assert ours["test_10"]["macro"] == pytest.approx(share, abs=2e-3)
@@ -723,16 +748,20 @@ def test_train_and_test_are_scored_apart():
 def test_alphas_and_thetas_are_curves_of_the_run(whole):
     namespace, seen = whole
     ours, y = seen.records[-1], namespace["y"]
+    own = y == y[:, None]
+
+    def row(alpha, least):
+        within = brute_counts(namespace["means"], namespace["widths"], torch.arange(len(y)), alpha) >= least
+        size, hit = within.sum(dim=1), (within & own).sum(dim=1)
+        share = hit / size.clamp(min=1)
+        return [float(v) for v in (size.double().mean(), hit.sum() / size.sum().clamp(min=1), share.mean())]
+
+    names = ("size", "micro", "macro")
     for i, alpha in enumerate(ours["alphas"]["alpha"]):
-        counts = brute_counts(namespace["means"], namespace["widths"], torch.arange(len(y)), alpha)
-        for name in ("10", "100"):
-            least = round((1 - ours[f"at_{name}"]["theta"]) * 6)
-            size = (counts >= least).sum(dim=1).double().mean().item()
-            assert ours["alphas"][f"size_{name}"][i] == pytest.approx(size, abs=0.01)
-    counts = brute_counts(namespace["means"], namespace["widths"], torch.arange(len(y)), 2.0)
-    for theta, size in zip(ours["thetas"]["theta"], ours["thetas"]["size"], strict=True):
-        least = math.ceil((1 - theta) * 6 - 1e-9)
-        assert size == pytest.approx((counts >= least).sum(dim=1).double().mean().item(), abs=0.051)
+        assert [ours["alphas"][n][i] for n in names] == pytest.approx(row(alpha, 5), abs=0.01)
+    for i, theta in enumerate(ours["thetas"]["theta"]):
+        expected = row(2.0, math.ceil((1 - theta) * 6 - 1e-9))
+        assert [ours["thetas"][n][i] for n in names] == pytest.approx(expected, abs=0.051)
 
 
 def test_the_insight_is_told_at_two_widths(whole, acvae):
@@ -764,7 +793,9 @@ def test_k_means_is_on_the_directions(whole):
 
 def test_weights_and_noise_follow_the_seed():
     def weights(seed):
-        return golden.weights(golden.run(CHAPTER, **TINY | dict(seed=seed, iterations=2))[0]["model"])
+        return golden.weights(
+            golden.run(CHAPTER, digits(), **TINY | dict(seed=seed, iterations=2))[0]["model"]
+        )
 
     assert weights(5) == weights(5) != weights(6)
 
@@ -774,7 +805,7 @@ def test_the_precision_reaches_training_and_codes(monkeypatch):
     monkeypatch.setattr(
         training, "autocast", lambda precision: seen.append(precision) or contextlib.nullcontext()
     )
-    golden.run(CHAPTER, double=False, **TINY | dict(precision="bfloat16", iterations=2))
+    golden.run(CHAPTER, digits(), double=False, **TINY | dict(precision="bfloat16", iterations=2))
     assert set(seen) == {"bfloat16"} and len(seen) >= 3
 
 

@@ -78,12 +78,13 @@ TABLE = {
     },
     "acvae": {
         "classes": 10,
+        "images": dict(n_train=130, n_test=110),  # a hundred neighbours
         "parameters": dict(dataset="mnist_5k", width=4, n_latent=6, n_output=5, iterations=4, batch_size=22)
         | dict(flip=False, lr=0.01, kl_weight=0.05),
         "scores": SCORES | {"neighbour_accuracy_10", "neighbour_accuracy_100", "nearest"},
-        # sizes, widths and the thetas that were chosen must not follow the labels; shares of a class do
-        "inside": {f"at_{name}": SHARES for name in ("10", "100", "theta")}
-        | {"insight": {"class"}, "alphas": {"macro_10", "macro_100"}, "thetas": {"macro", "micro"}},
+        # sizes, widths and the ranges that were chosen must not follow the labels; shares of a class do
+        "inside": {f"at_{name}": SHARES for name in ("10", "100", "alpha")}
+        | {"insight": {"class"}, "alphas": {"macro", "micro"}, "thetas": {"macro", "micro"}},
     },
 }
 CHAPTERS = sorted(path.stem for path in chapter_file("foundations").parent.glob("*.ipynb"))
@@ -180,7 +181,8 @@ def done(chapter, load, picked=None, **more):
 
 def what_labels_choose(chapter, seeds=(0, 1), said=True, **more):
     """Places where runs with other labels differ from the run with the true ones."""
-    load = golden.digits(n_classes=TABLE[chapter]["classes"])
+    table = TABLE[chapter]
+    load = golden.digits(n_classes=table["classes"], **table.get("images", {}))
     true, labels, namespace = done(chapter, load, **more)
     picked = namespace.get("picked")
     kept = [] if picked is None else namespace["order"][picked.cpu()].tolist()
