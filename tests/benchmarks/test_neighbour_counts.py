@@ -1,6 +1,6 @@
 """How many pairs a second are counted, beside plain NumPy within one run: `make bench`, on an idle machine.
 
-50,000 codes of 512 dimensions against one another are 2.5 billion pairs; a chunk of 64 anchors holds their counts,
+50,000 codes of 512 dimensions against one another are 2.5 billion pairs. A chunk of 64 anchors holds counts,
 64 x 50,000 of int16, and tiles of 64 x 2,000 floats: below 10 MB beside the codes, whatever the dimensions.
 """
 
