@@ -119,8 +119,10 @@ def test_a_cut_has_its_area_inside_the_picture(acvae):
     assert abs(np.corrcoef(used.T)[0, 1]) < 0.06  # each direction its own draw
 
 
-def test_copies_turn_by_at_most_turn_and_keep_their_shape(acvae):
-    linear, _ = maps_of(acvae, 2000, 0.5, 30.0, False)
+@pytest.mark.parametrize("flip", [False, True])
+def test_copies_turn_by_at_most_turn_and_keep_their_shape(acvae, flip):
+    linear, _ = maps_of(acvae, 2000, 0.5, 30.0, flip)
+    linear = linear * linear.det().sign()[:, None, None] ** torch.tensor([1, 0])  # the mirror taken back
     side = linear.det().sqrt()
     turned = linear / side[:, None, None]
     torch.testing.assert_close(turned @ turned.mT, torch.eye(2).expand(2000, 2, 2), atol=1e-3, rtol=0)
