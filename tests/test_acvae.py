@@ -19,7 +19,7 @@ from deepclust_nb import baselines, checks, data, mixtures, training
 
 CHAPTER = "acvae"
 checked = functools.partial(golden.checked, CHAPTER)
-TINY = dict(dataset="mnist_5k", width=4, n_latent=6, n_output=5, iterations=5, batch_size=22, n_clusters=3)
+TINY = dict(dataset="mnist_5k", channels=4, n_latent=6, n_output=5, iterations=5, batch_size=22, n_clusters=3)
 # a hundred neighbours ask for more images than a golden run usually has
 digits = functools.partial(golden.digits, n_train=130, n_test=110)
 TINY |= dict(flip=False, lr=0.01, kl_weight=0.05, theta=0.2)
@@ -528,6 +528,14 @@ def test_a_range_is_found_for_a_mean_size(acvae, theta, target):
     assert 0 < alpha < 16
 
 
+def test_a_range_may_be_wide_and_is_refused_where_there_is_none(acvae):
+    mean, width, _ = codes(60)
+    wide = acvae.range_for(mean, width / 50, torch.arange(60), 0.0, 10)
+    assert wide == pytest.approx(50 * acvae.range_for(mean, width, torch.arange(60), 0.0, 10), rel=0.02)
+    with pytest.raises(ValueError, match="no range gives 10 neighbours: raise theta"):
+        acvae.range_for(mean, width / 1e6, torch.arange(60), 0.0, 10)
+
+
 @pytest.mark.parametrize("target", [0, 40, 41])
 def test_more_neighbours_than_points_are_refused(acvae, target):
     mean, width, _ = codes()
@@ -560,6 +568,18 @@ def test_the_nearest_are_those_of_scikit_learn(acvae, chunk):
     rows = NearestNeighbors(n_neighbors=9).fit(mean.numpy()).kneighbors(return_distance=False)[anchors]
     expected = (y[torch.as_tensor(rows)] == y[anchors][:, None]).cumsum(dim=1)
     assert torch.equal(acvae.nearest_hits(mean, y, anchors, 9, chunk), expected)
+
+
+@pytest.mark.parametrize("chunk", [4, 500])
+def test_one_radius_is_that_of_the_wanted_mean_size(acvae, chunk):
+    code, _, y = codes()
+    anchors = torch.arange(30)
+    sizes, hits = acvae.radius_sets(code, y, anchors, 6, chunk=chunk)
+    distance = torch.cdist(code, code).fill_diagonal_(torch.inf)
+    radius = distance[: min(chunk, 30)].flatten().sort().values[6 * min(chunk, 30) - 1]
+    inside = distance[:30] <= radius
+    assert torch.equal(sizes, inside.sum(dim=1)) and sizes[: min(chunk, 30)].double().mean() == 6
+    assert torch.equal(hits, (inside & (y == y[:30, None])).sum(dim=1))
 
 
 @pytest.mark.parametrize(("theta", "least"), [(0.0, 7), (0.1, 7), (1 / 7, 6), (0.3, 5), (1.0, 0)])
@@ -625,6 +645,11 @@ def test_a_head_takes_each_anchors_own_neighbours_with_equal_chance(acvae, monke
     assert set(two[one == 4].tolist()) == {3}
     shares = two[one == 1].bincount(minlength=6) / (one == 1).sum()
     assert shares.tolist() == pytest.approx([1 / 3, 0, 1 / 3, 0, 0, 1 / 3], abs=0.04)
+
+
+def test_a_head_without_a_pair_is_refused(acvae):
+    with pytest.raises(ValueError, match="nobody has a neighbour"):
+        acvae.train_head(torch.eye(4), torch.empty(2, 0, dtype=torch.long), 2, seed=0)
 
 
 def test_a_heads_loss_is_scans(acvae, monkeypatch):
@@ -723,6 +748,16 @@ def test_rivals_are_at_equal_size_and_at_each_anchors_own(whole):
         assert told[name][0] == pytest.approx((hits[:, k - 1] / k).mean().item(), abs=1e-3), name
         own = [hits[i, s - 1].item() / s if s else 0.0 for i, s in enumerate(size.tolist())]
         assert told[name][1] == pytest.approx(np.mean(own), abs=1e-3), name
+        micro = sum(o * s for o, s in zip(own, size.tolist(), strict=True)) / size.sum().item()
+        assert told[name][2] == pytest.approx(micro, abs=1e-3), name
+    assert told["radius"]["size"] == pytest.approx(told["size"], abs=0.01)
+    unit = rivals["cosine"]
+    distance = torch.cdist(unit, unit).fill_diagonal_(torch.inf)
+    radius = distance.flatten().sort().values[round(told["size"] * len(y)) - 1]
+    inside, own = distance <= radius, y == y[:, None]
+    share = (inside & own).sum(dim=1) / inside.sum(dim=1).clamp(min=1)
+    assert told["radius"]["macro"] == pytest.approx(share.double().mean().item(), abs=2e-3)
+    assert told["radius"]["empty"] == pytest.approx((inside.sum(dim=1) == 0).double().mean().item(), abs=5e-3)
 
 
 def test_pixels_are_scored_at_ten_and_a_hundred():
@@ -779,6 +814,9 @@ def test_the_insight_is_told_at_two_widths(whole, acvae):
     means = {"copy": "a copy", "class": "same class", "image": "any other image"}
     for key, name in means.items():
         assert told[key] == pytest.approx(shares[name].mean().item(), abs=1e-4)
+    in_set = {"copy_in": "a copy", "class_in": "same class", "image_in": "any other image"}
+    for key, name in in_set.items():  # of six dimensions five are needed
+        assert told[key] == pytest.approx((shares[name] > 4.5 / 6).double().mean().item(), abs=1e-4)
     pairs = [float(a > b) for a in shares["a copy"] for b in shares["any other image"]]
     assert told["apart"] == pytest.approx(np.mean(pairs), abs=1e-4)
     mean, width, asked = namespace["means"], namespace["widths"], namespace["asked"]

@@ -18,7 +18,7 @@ from deepclust_nb import metrics, networks, records
 
 SCORES = {"acc", "purity", "nmi", "ari"}
 # So little data and training that starts, steps and answers differ: a choice by score shows.
-SHARES = {"macro", "micro", "cosine", "euclid", "output", "pixels"}  # of neighbours, by code
+SHARES = {"macro", "micro", "cosine", "euclid", "output", "pixels", "radius"}  # of neighbours, by code
 TABLE = {
     "foundations": {
         "classes": 10,
@@ -79,12 +79,14 @@ TABLE = {
     "acvae": {
         "classes": 10,
         "images": dict(n_train=130, n_test=110),  # a hundred neighbours
-        "parameters": dict(dataset="mnist_5k", width=4, n_latent=6, n_output=5, iterations=4, batch_size=22)
+        "parameters": dict(
+            dataset="mnist_5k", channels=4, n_latent=6, n_output=5, iterations=4, batch_size=22
+        )
         | dict(flip=False, lr=0.01, kl_weight=0.05),
         "scores": SCORES | {"neighbour_accuracy_10", "neighbour_accuracy_100", "nearest"},
         # sizes, widths and the ranges that were chosen must not follow the labels; shares of a class do
         "inside": {f"at_{name}": SHARES for name in ("10", "100", "alpha")}
-        | {"insight": {"class"}, "alphas": {"macro", "micro"}, "thetas": {"macro", "micro"}},
+        | {"insight": {"class", "class_in"}, "alphas": {"macro", "micro"}, "thetas": {"macro", "micro"}},
     },
 }
 CHAPTERS = sorted(path.stem for path in chapter_file("foundations").parent.glob("*.ipynb"))
