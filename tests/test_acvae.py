@@ -831,6 +831,16 @@ def test_the_insight_is_told_at_two_widths(whole, acvae):
     assert (seen_by > 0).all()  # moved, not the image itself
 
 
+def test_a_head_learns_from_sets_of_twenty(whole):
+    namespace, _ = whole
+    mean, width, alpha = namespace["means"], namespace["widths"], namespace["of_twenty"]
+    every = torch.arange(len(mean))
+    within = brute_counts(mean, width, every, alpha) >= 5
+    assert torch.equal(namespace["pairs"].T, within.nonzero())
+    around = [(brute_counts(mean, width, every, alpha + s) >= 5).sum() / len(mean) for s in (-0.008, 0.008)]
+    assert around[0] <= 20 <= around[1]
+
+
 def test_k_means_is_on_the_directions(whole):
     namespace, _ = whole
     unit = F.normalize(namespace["means"], dim=1)
