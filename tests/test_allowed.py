@@ -29,12 +29,14 @@ COSTLY = {
 COSTLY |= {"n_map": 120, "pretrain_iterations": 60}
 COSTLY |= {"dcn_epochs": 3, "vade_epochs": 3, "vae_epochs": 3, "gmm_starts": 12}
 COSTLY |= {"start_epochs": 3, "warm_epochs": 3}
+COSTLY |= {"channels": 6, "n_latent": 24, "n_output": 24}
 SHORT = {"epochs": 2, "pretrain_epochs": 1, "iterations": 12, "update_interval": 4, "width": 2}
 SHORT |= {"n_features": 24, "n_map": 100, "batch_size": 64, "pretrain_iterations": 12, "interval": 4}
 SHORT |= {"dcn_epochs": 2, "vade_epochs": 2, "vae_epochs": 1, "gmm_starts": 3}
 SHORT |= {"start_epochs": 1, "warm_epochs": 2, "expert_widths": [16, 16]}
+SHORT |= {"channels": 4, "n_latent": 8, "n_output": 8}
 SIZES = dict.fromkeys(data.SIZES, (400, 200))
-SHAPES = {"usps": (1, 16, 16), "svhn": (3, 32, 32)}
+SHAPES = {"usps": (1, 16, 16), "svhn": (3, 32, 32), "cifar10_subset": (3, 32, 32)}
 
 
 def few(n_train=400, n_test=200):
@@ -65,6 +67,7 @@ def allowed(chapter, monkeypatch):
     return rules
 
 
+NO_SETS = ("no range gives", "nobody has a neighbour")
 # Values inside that leave a last batch of one, hardly an image a cluster, or hardly a label a class.
 AWKWARD = {"n_images": [200, 201, 399, 500, 513], "n_labels": [10, 100, 101, 129], "batch_size": [3, 399]}
 
@@ -93,6 +96,10 @@ def runs_or_refuses(chapter, parameters, monkeypatch):
         golden.run(chapter, few(), tags=None, double=False, tiny=False, **parameters)
     except (FloatingPointError, training.CollapseError):
         return "stopped"
+    except ValueError as error:  # widths that no training kept in bounds: found out late, and told
+        if str(error).startswith(NO_SETS):
+            return "stopped"
+        raise
     return "ran"
 
 
