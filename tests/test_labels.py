@@ -17,8 +17,8 @@ from torch import nn
 from deepclust_nb import metrics, networks, records
 
 SCORES = {"acc", "purity", "nmi", "ari"}
-# So little data and training that starts, steps and answers differ: a choice by score shows.
 SHARES = {"macro", "micro", "cosine", "euclid", "output", "pixels", "radius"}  # of neighbours, by code
+# So little data and training that starts, steps and answers differ: a choice by score shows.
 TABLE = {
     "foundations": {
         "classes": 10,
